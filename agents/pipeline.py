@@ -1,0 +1,201 @@
+"""A world-model run from its first episode to its report: rounds of collect -> V -> M -> evolve -> check.
+
+`train(config, run, executor)` is what `oneira train` and `oneira resume` call. Every stage looks at the run first and does only what is
+missing; each commits its result before the next begins. "World Models" (Ha & Schmidhuber 2018), section 5, is the procedure.
+
+After each round the mean of every population drives `checks` tracks of the fast twin of the real world; the best controller so far of
+each world is kept. At the end those are scored on the reference environment.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from oneira.platform.checkpoints import Checkpoint
+from oneira.platform.executor import Executor
+from oneira.platform.runs import Run
+
+from .evaluation import DEFAULT_SEED, evaluate_reference, rank_correlation, reported_seeds
+from .evolution import Population
+from .evolving import evolve, seed_of, track_seeds, units_of
+from .fitness import dream_unit, real_unit
+from .settings import PopulationConfig, WorldModelConfig
+from .stages import collect, fit_memory, fit_vision, packed_model
+
+
+
+def train(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, Any]:
+    """Run what is missing of a run. Returns its summary: scores and where the time went."""
+    populations: dict[str, Population] = {}
+    shared, controllers = None, []
+    for index in range(len(config.rounds)):
+        shared, populations, controllers = _round(config, index, run, executor, shared, populations, controllers)
+    scores = _final_scores(config, run, executor)
+    with _timed(run, "report", len(config.rounds)):
+        _pictures(config, run)
+        config.report(run)
+    return {**scores, "seconds": sum(line["seconds"] for line in run.metrics("stage"))}
+
+
+def _round(
+    config: WorldModelConfig, index: int, run: Run, executor: Executor, shared: Any, populations: dict[str, Population],
+    controllers: list[np.ndarray],
+) -> tuple[Any, dict[str, Population], list[np.ndarray]]:  # fmt: skip
+    plan, kept = config.rounds[index], run.checkpoints
+    vision, memory, check = (f"{index:02d}-{stage}" for stage in ("vision", "memory", "check"))
+    if not kept.exists(memory):
+        with _timed(run, "collect", index):
+            collect(config, index, run, executor, shared, controllers)
+        if plan.vision is not None and not kept.exists(vision):
+            with _timed(run, "vision", index):
+                precursor = _last(run, "vision", index)
+                executor.submit(fit_vision, None, {"run": str(run.path), "round": index, "precursor": precursor}, threads=0).result()
+        with _timed(run, "memory", index):
+            unit = {
+                "run": str(run.path), "round": index, "vision": _last(run, "vision", index + 1),
+                "precursor": "" if plan.restart else _last(run, "memory", index),
+            }  # fmt: skip
+            executor.submit(fit_memory, None, unit, threads=0).result()
+    tree = packed_model(run, config, memory)
+    shared = executor.share(tree)
+    with _timed(run, "evolve", index):
+        populations = evolve(config, index, run, executor, shared, populations)
+    if not kept.exists(check):
+        with _timed(run, "check", index):
+            _check(config, index, run, executor, shared, populations)
+    return shared, populations, [p.best_mean() for p in populations.values()] or controllers
+
+
+def _last(run: Run, stage: str, before: int) -> str:
+    """Name of the newest checkpoint of a stage from a round before `before`, or ""."""
+    names = [f"{r:02d}-{stage}" for r in range(before) if run.checkpoints.exists(f"{r:02d}-{stage}")]
+    return names[-1] if names else ""
+
+
+@contextmanager
+def _timed(run: Run, stage: str, index: int) -> Iterator[None]:
+    """Log how long a stage took, here and now (a resumed stage counts what this process spent on it)."""
+    began = time.perf_counter()
+    yield
+    order = ("collect", "vision", "memory", "evolve", "check", "score", "report")
+    run.log("stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began)
+
+
+# ---- the check at the end of a round
+
+
+def _check(
+    config: WorldModelConfig, index: int, run: Run, executor: Executor, shared: Any, populations: dict[str, Population]
+) -> None:
+    """Measure every population's mean in the real world's twin and in the dream; keep the best of each world."""
+    best = _carry_over(run, index)
+    for p in config.rounds[index].populations:
+        population = populations[p.name]
+        real = _measure(config, executor, shared, p, population.best_mean()[None], config.checks, "real", ("check-end", index))
+        dream = _measure(config, executor, shared, p, population.best_mean()[None], 64, "dream", ("check-end", index))
+        correlation = _rank_correlation(config, index, run, executor, shared, p, population)
+        entry = {
+            "real_mean": float(real.mean()), "real_std": float(real.std(ddof=1)), "dream_mean": float(dream.mean()),
+            "memory": f"{index:02d}-memory", "round": index, "population": p.name,
+        }  # fmt: skip
+        run.log(
+            "check", index * 100 + config.rounds[index].populations.index(p), round=index, population=p.name, world=p.world,
+            real_mean=entry["real_mean"], real_std=entry["real_std"], dream_mean=entry["dream_mean"],
+            rank_correlation=correlation, alarm=int(alarm(correlation)),
+        )  # fmt: skip
+        if p.world not in best or entry["real_mean"] > best[p.world][0]["real_mean"]:
+            best[p.world] = (entry, population.best_mean())
+    name = f"{index:02d}-check"
+    tensors = {world: params for world, (_, params) in best.items()}
+    run.checkpoints.save(name, tensors, {"checks": {world: entry for world, (entry, _) in best.items()}})
+
+
+def alarm(correlation: float) -> bool:
+    """The dream-exploit alarm: the order in which the dream puts candidates says nothing, or worse, about their order in reality."""
+    return bool(correlation <= 0.0)
+
+
+def _carry_over(run: Run, index: int) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
+    before = _last(run, "check", index)
+    if not before:
+        return {}
+    kept = run.checkpoints.load(before)
+    return {world: (entry, kept.tensors[world].numpy()) for world, entry in kept.meta["checks"].items()}
+
+
+def _measure(
+    config: WorldModelConfig, executor: Executor, shared: Any, p: PopulationConfig, params: np.ndarray, episodes: int, world: str,
+    place: tuple[int | str, ...],
+) -> np.ndarray:  # fmt: skip
+    """Returns float64 [K * episodes] of `params` [K, P] in a world; full episodes in the real one."""
+    if world == "real":
+        seeds = track_seeds(episodes, config.seed, *place)
+        half = -(-episodes // 2)
+        common = {"params": np.asarray(params, np.float32), "max_steps": 1000, "stuck": 0}
+        units = [{**common, "seeds": part} for part in (seeds[:half], seeds[half:]) if part]
+        answers = executor.map(real_unit, shared, units)
+        return np.concatenate([a["returns"] for a in answers], 1)
+    horizon = p.horizon if p.world == "dream" else 200
+    unit = {
+        "params": np.asarray(params, np.float32), "seed": seed_of(config.seed, *place), "rollouts": episodes, "horizon": horizon,
+        "tau": p.tau,
+    }  # fmt: skip
+    return next(iter(executor.map(dream_unit, shared, [unit])))["returns"]
+
+
+def _rank_correlation(
+    config: WorldModelConfig, index: int, run: Run, executor: Executor, shared: Any, p: PopulationConfig, population: Population
+) -> float:
+    """Spearman's rank correlation between dream and real returns of 16 candidates spread around the mean."""
+    candidates = population.ask()[:16]
+    real = _measure(config, executor, shared, p, candidates, 4, "real", ("rank", index)).mean(1)
+    dream = _measure(config, executor, shared, p, candidates, 32, "dream", ("rank", index)).mean(1)
+    place = index * 10_000 + 100 * config.rounds[index].populations.index(p)
+    for i, (d, r) in enumerate(zip(dream, real, strict=True)):
+        run.log("candidate", place + i, round=index, population=p.name, dream=float(d), real=float(r))
+    return rank_correlation(dream, real)
+
+
+# ---- the end of a run
+
+
+def newest(run: Run, stage: str) -> str:
+    """Name of the newest checkpoint of a stage ("vision", "memory", "check"), or ""."""
+    return _last(run, stage, len(run.config.rounds))
+
+
+def latest_agents(run: Run) -> Checkpoint | None:
+    """The newest check: the best controller of each world so far, and what it scored."""
+    name = newest(run, "check")
+    return run.checkpoints.load(name) if name else None
+
+
+def _final_scores(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, Any]:
+    """Score the best controller on the reference environment, once; kept as evaluations/best.json."""
+    from .agent import agent_tree
+
+    place = run.path / "evaluations" / "best.json"
+    if config.check_episodes and not place.exists():
+        with _timed(run, "score", len(config.rounds)):
+            tree = agent_tree(run)
+            score = evaluate_reference(tree, reported_seeds(config.check_episodes), executor, world=config.world)
+            place.parent.mkdir(exist_ok=True)
+            place.write_text(json.dumps(score, indent=1), encoding="utf-8")
+    if not place.exists():
+        return {}
+    score = json.loads(place.read_text(encoding="utf-8"))
+    return {f"real_{key}": score[key] for key in ("mean", "std", "ci95", "episodes")}
+
+
+def _pictures(config: WorldModelConfig, run: Run) -> None:
+    """What the report shows: reconstructions, and a film of the real world beside the dream."""
+    from .showing import film, reconstructions
+
+    reconstructions(run)
+    film(run, run.media("real-and-dream.mp4"), world="both", seed=DEFAULT_SEED)

@@ -1,0 +1,304 @@
+"""The executor over Ray: units of work on one-thread worker actors, and on one trainer actor with all cores.
+
+The driver keeps the queue. A worker that is free takes the next unit; while many wait, one more is sent ahead to each,
+so that no worker idles while the driver looks elsewhere. A unit whose worker dies runs again on a new worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import reprlib
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from oneira.platform.errors import ClusterError, OneiraError
+from oneira.platform.executor import Tree, Work, check_function, copy_tree
+
+from .connection import connect
+from .workers import DONE, UNKNOWN_FUNCTION, Worker
+
+RERUNS = 3  # of a unit whose worker died
+# An actor's claim on Ray's ledger. Tiny, so that executors never wait for each other: the system shares the cores.
+ACTOR_CPUS = 0.01
+ACTOR_GPUS = 0.01
+
+
+@dataclass(frozen=True)
+class RayShared:
+    """A value in Ray's object store."""
+
+    reference: Any
+
+
+@dataclass(eq=False)
+class RayHandle:
+    """A unit of work that was given away."""
+
+    _executor: RayExecutor
+    name: str
+    number: int
+    shared: list
+    unit: Tree
+    threads: int
+    deaths: int = 0
+    done: bool = False
+    value: Tree = None
+    error: Exception | None = None
+
+    def result(self) -> Tree:
+        """Waits for the result.
+
+        Raises:
+            OneiraError: of the type that the function raised, with the worker's traceback as a note.
+            RuntimeError: anything else that the function raised, with the worker's traceback.
+            ClusterError: the unit's workers died again and again, or the executor was closed.
+        """
+        self._executor._finish([self])
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+    def _end(self, *, value: Tree = None, error: Exception | None = None) -> None:
+        self.done, self.value, self.error = True, value, error
+        self.unit, self.shared = None, []
+
+    def __str__(self) -> str:
+        return f"unit {self.number} of {self.name} ({reprlib.repr(self.unit)})"
+
+
+@dataclass(eq=False)
+class _Lane:
+    """One actor and the units it has been sent, the first of which is running."""
+
+    threads: int
+    node: str | None
+    actor: Any = None
+    sent: deque[tuple[Any, RayHandle]] = field(default_factory=deque)
+
+    def start(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        options: dict[str, Any] = {"num_cpus": ACTOR_CPUS, "max_restarts": 0}
+        if self.node is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=True)
+        elif ray.cluster_resources().get("GPU", 0) > 0:
+            options["num_gpus"] = ACTOR_GPUS
+        self.actor = ray.remote(Worker).options(**options).remote(self.threads)
+
+    def stop(self) -> None:
+        import ray
+
+        if self.actor is not None:
+            ray.kill(self.actor)
+        self.actor = None
+        self.sent.clear()
+
+
+@dataclass(eq=False)
+class _Pool:
+    """Lanes of one kind and the units that wait for them."""
+
+    lanes: list[_Lane]
+    waiting: deque[RayHandle] = field(default_factory=deque)
+
+    def next_lane(self) -> _Lane | None:
+        """The lane that takes the next waiting unit now, if any does."""
+        ahead = 2 if len(self.waiting) > 2 * len(self.lanes) else 1
+        lane = min(self.lanes, key=lambda lane: len(lane.sent))
+        return lane if self.waiting and len(lane.sent) < ahead else None
+
+
+class RayExecutor:
+    """An `Executor` whose units run in Ray actors: as many one-thread workers as the cluster has CPUs, and a trainer.
+
+    The actors start in the background: make the executor first, and import what is slow to import after.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        """`address`: as for `connect`. Raises ClusterError."""
+        import ray
+
+        connect(address)
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        lanes = [_Lane(1, node["NodeID"]) for node in nodes for _ in range(int(node["Resources"].get("CPU", 0)))]
+        if not lanes:
+            raise ClusterError(f"The Ray cluster has no CPU to work on: {len(nodes)} nodes. Allowed: at least one CPU.")
+        self.num_workers = len(lanes)
+        self._workers = _Pool(lanes)
+        self._trainer = _Pool([_Lane(0, None)])
+        self._code: dict[str, list] = {}  # functions that workers cannot import by name: [reference to the function]
+        self._functions: dict[str, Work] = {}
+        self._numbers = itertools.count()
+        self._closed = False
+        for lane in lanes:
+            lane.start()
+
+    def share(self, value: Tree) -> RayShared:
+        """Puts a value into the object store once; workers on its node read its arrays there, without a copy."""
+        import ray
+
+        self._check_open()
+        return RayShared(ray.put(copy_tree(value, path="shared")))
+
+    def submit(self, function: Work, shared: RayShared | None, unit: Tree, *, threads: int = 1) -> RayHandle:
+        """Queues `function(shared value, unit)`: on a worker, or for `threads` other than 1 (0: all) on the trainer."""
+        self._check_open()
+        check_function(function)
+        name = f"{function.__module__}:{function.__qualname__}"
+        self._functions[name] = function
+        references = [] if shared is None else [shared.reference]
+        handle = RayHandle(self, name, next(self._numbers), references, copy_tree(unit, path="unit"), threads)
+        self._pool(handle).waiting.append(handle)
+        self._send()
+        return handle
+
+    def wait(self, handles: Sequence[RayHandle]) -> RayHandle:
+        """One of the handles, finished."""
+        if not handles:
+            raise ValueError("wait() needs at least one handle")
+        return self._finish(handles)
+
+    def map(
+        self, function: Work, shared: RayShared | None, units: Iterable[Tree], *, threads: int = 1
+    ) -> Iterator[Tree]:
+        """Results in the order of the units. Units that still wait are dropped where the caller stops reading."""
+        return self._in_order(deque(self.submit(function, shared, unit, threads=threads) for unit in units))
+
+    def close(self) -> None:
+        """Ends the actors. Handles without a result raise ClusterError from now on. The connection to Ray stays."""
+        if self._closed:
+            return
+        self._closed = True
+        for pool in (self._workers, self._trainer):
+            for handle in [*pool.waiting, *(handle for lane in pool.lanes for _, handle in lane.sent)]:
+                handle._end(error=ClusterError(f"The executor was closed before {handle} had run."))
+            pool.waiting.clear()
+            for lane in pool.lanes:
+                lane.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # --- the queue ---------------------------------------------------------------------------------------------------
+
+    def _in_order(self, handles: deque[RayHandle]) -> Iterator[Tree]:
+        try:
+            while handles:
+                yield handles.popleft().result()
+        finally:
+            for handle in handles:
+                if not handle.done and handle in self._pool(handle).waiting:
+                    self._pool(handle).waiting.remove(handle)
+                    handle._end(error=ClusterError(f"{handle} was dropped: its results were not read to the end."))
+
+    def _finish(self, handles: Sequence[RayHandle]) -> RayHandle:
+        """Works the queue until one of the handles is done."""
+        import ray
+
+        while True:
+            for handle in handles:
+                if handle.done:
+                    return handle
+            sent = [reference for lane in self._lanes() for reference, _ in lane.sent]
+            ray.wait(sent, num_returns=1, fetch_local=False)
+            ready, _ = ray.wait(sent, num_returns=len(sent), timeout=0, fetch_local=False)
+            self._collect(set(ready))
+            self._send()
+
+    def _send(self) -> None:
+        for pool in (self._workers, self._trainer):
+            while (lane := pool.next_lane()) is not None:
+                handle = pool.waiting.popleft()
+                if lane.actor is None:
+                    lane.start()
+                code = self._code.get(handle.name, [])
+                reference = lane.actor.run.remote(handle.name, code, handle.shared, handle.unit, handle.threads)
+                lane.sent.append((reference, handle))
+
+    def _collect(self, ready: set) -> None:
+        """Takes finished units off their lanes, and puts back what has to run again."""
+        import ray
+        from ray.exceptions import RayActorError, RayError, RayTaskError
+
+        for lane in self._lanes():
+            while lane.sent and lane.sent[0][0] in ready:
+                reference, handle = lane.sent.popleft()
+                try:
+                    self._settle(handle, *ray.get(reference))
+                except RayTaskError as error:  # Ray could not carry the arguments or the result
+                    handle._end(error=RuntimeError(f"{handle} failed: {error}"))
+                except RayActorError as error:
+                    self._replace(lane, handle, error)
+                except RayError as error:  # the result was lost with its node
+                    self._again(handle, error)
+
+    def _settle(self, handle: RayHandle, outcome: str, value: Any, said: str) -> None:
+        if said:
+            print(said, end="", file=sys.stderr, flush=True)
+        if outcome == UNKNOWN_FUNCTION:
+            self._code[handle.name] = [_ship(self._functions[handle.name])]
+            self._pool(handle).waiting.appendleft(handle)
+        elif outcome == DONE:
+            handle._end(value=copy_tree(value, path="result"))
+        else:
+            handle._end(error=_rebuild(*value))
+
+    def _replace(self, lane: _Lane, handle: RayHandle, error: Exception) -> None:
+        """The lane's actor died while it ran `handle`; what was sent after it had not begun."""
+        behind = [later for _, later in lane.sent]
+        lane.stop()
+        self._pool(handle).waiting.extendleft(reversed(behind))
+        self._again(handle, error)
+
+    def _again(self, handle: RayHandle, error: Exception) -> None:
+        handle.deaths += 1
+        if handle.deaths > RERUNS:
+            why = f"{type(error).__name__}: {error}"
+            handle._end(error=ClusterError(f"{handle} ended its worker {handle.deaths} times. The last time: {why}"))
+        else:
+            self._pool(handle).waiting.appendleft(handle)
+
+    def _lanes(self) -> list[_Lane]:
+        return [*self._workers.lanes, *self._trainer.lanes]
+
+    def _pool(self, handle: RayHandle) -> _Pool:
+        return self._workers if handle.threads == 1 else self._trainer
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClusterError("This executor is closed. Make a new one.")
+
+
+def _ship(function: Work) -> Any:
+    """A reference to the function by value, with what it uses of its own module."""
+    import ray
+    from ray import cloudpickle
+
+    module = sys.modules[function.__module__]
+    by_reference = module.__name__ != "__main__"  # a script's own functions always travel by value
+    if by_reference:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        return ray.put(function)
+    finally:
+        if by_reference:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+def _rebuild(kind: str, message: str, trace: str) -> Exception:
+    """The worker's exception: an OneiraError as itself, all else as RuntimeError with the worker's traceback."""
+    module, _, qualname = kind.partition(":")
+    found = getattr(importlib.import_module(module), qualname, None) if module.startswith("oneira.") else None
+    if isinstance(found, type) and issubclass(found, OneiraError):
+        error: Exception = found(message)
+        error.add_note(f"In a worker:\n{trace.rstrip()}")
+        return error
+    return RuntimeError(f"A unit of work failed: {qualname}: {message}\n{trace.rstrip()}")

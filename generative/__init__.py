@@ -1,0 +1,1 @@
+"""Generative families: one model, one file, one training loop for all (`training.fit`)."""

@@ -1,0 +1,29 @@
+"""One Ray for the whole session, started only if a test asks for it, under a home of its own."""
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory):
+    before = dict(os.environ)
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        del os.environ[name]
+    os.environ["ONEIRA_HOME"] = str(tmp_path_factory.mktemp("oneira-home"))
+
+    from oneira.cluster import connect, disconnect
+
+    cluster = connect()
+    yield cluster
+    disconnect()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def executor(ray_cluster):
+    from oneira.cluster.executor import RayExecutor
+
+    with RayExecutor() as made:
+        yield made

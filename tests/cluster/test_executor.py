@@ -1,0 +1,137 @@
+"""RayExecutor keeps the executor's laws, and keeps them when workers die. One real Ray for all."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from oneira.platform.errors import ClusterError, DataError
+from oneira.platform.executor import SerialExecutor
+
+
+def double(shared, unit):
+    return 2 * unit
+
+
+def train(shared, unit):
+    """A little training: enough arithmetic for a different order of summation to show."""
+    import torch
+
+    torch.manual_seed(unit["seed"])
+    layer = torch.nn.Linear(shared["x"].shape[1], 7)
+    x = torch.from_numpy(shared["x"].copy())
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        layer(x).square().mean().backward()
+        optimizer.step()
+    return {"weight": layer.weight.detach().numpy(), "seed": unit["seed"]}
+
+
+def look(shared, unit):
+    import torch
+
+    return {
+        "pid": os.getpid(),
+        "threads": torch.get_num_threads(),
+        "omp": os.environ["OMP_NUM_THREADS"],
+        "read_only": not shared["big"].flags.writeable and not shared["small"].flags.writeable,
+        "copied": shared["big"].flags.owndata,
+        "total": float(shared["big"].sum()),
+    }
+
+
+def fail(shared, unit):
+    if unit == "data":
+        raise DataError("shard 7 is not an array")
+    raise KeyError(f"no {unit}")
+
+
+def die_once(shared, unit):
+    """Ends its own process the first time that it sees unit 3, in the middle of the work."""
+    flag = Path(shared["folder"]) / "died"
+    if unit == 3 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unit * np.ones(4)
+
+
+def die(shared, unit):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep(shared, unit):
+    time.sleep(unit)
+    return unit
+
+
+def test_results_come_in_the_order_of_the_units(executor):
+    assert list(executor.map(double, None, range(50))) == [2 * unit for unit in range(50)]
+
+
+def test_wait_gives_a_finished_handle_before_the_slow_one(executor):
+    slow = executor.submit(sleep, None, 1.0)
+    quick = executor.submit(sleep, None, 0.0)
+    assert executor.wait([slow, quick]) is quick
+    assert slow.result() == 1.0
+
+
+def test_serial_and_ray_agree_byte_for_byte(executor):
+    shared = {"key": "x", "x": np.random.default_rng(0).standard_normal((200, 31)).astype(np.float32)}
+    units = [{"seed": seed} for seed in range(4)]
+    with SerialExecutor() as serial:
+        expected = list(serial.map(train, serial.share(shared), units))
+    for ours, theirs in zip(executor.map(train, executor.share(shared), units), expected, strict=True):
+        assert ours["seed"] == theirs["seed"]
+        assert ours["weight"].tobytes() == theirs["weight"].tobytes()
+        assert ours["weight"].flags.writeable
+
+
+def test_shared_arrays_are_read_only_and_not_copied_and_threads_are_as_asked(executor):
+    cores = len(os.sched_getaffinity(0))
+    shared = executor.share({"big": np.ones((300, 1000)), "small": np.zeros(2)})
+    workers = list(executor.map(look, shared, range(8)))
+    trainer = executor.submit(look, shared, 0, threads=0).result()
+    assert {seen["threads"] for seen in workers} == {1} and {seen["omp"] for seen in workers} == {"1"}
+    assert trainer["threads"] == cores and trainer["omp"] == str(cores)
+    assert trainer["pid"] not in {seen["pid"] for seen in workers}
+    assert all(seen["read_only"] and not seen["copied"] and seen["total"] == 300_000 for seen in [*workers, trainer])
+
+
+def test_an_oneira_error_arrives_as_itself_and_others_with_the_workers_traceback(executor):
+    with pytest.raises(DataError, match="shard 7 is not an array") as caught:
+        executor.submit(fail, None, "data").result()
+    assert any("in fail" in note for note in caught.value.__notes__)
+    with pytest.raises(RuntimeError, match=re.compile("KeyError.*no luck.*in fail", re.DOTALL)):
+        executor.submit(fail, None, "luck").result()
+    assert executor.submit(double, None, 4).result() == 8
+
+
+def test_a_killed_worker_changes_no_result(executor, tmp_path):
+    results = list(executor.map(die_once, executor.share({"folder": str(tmp_path)}), range(8)))
+    assert (tmp_path / "died").exists()
+    assert [float(result[0]) for result in results] == list(range(8))
+
+
+@pytest.mark.slow
+def test_a_unit_that_always_kills_its_worker_is_named(executor):
+    with pytest.raises(ClusterError, match=r"unit \d+ of .*:die \('poison'\)"):
+        executor.submit(die, None, "poison").result()
+
+
+def test_close_ends_the_workers_and_what_waits(ray_cluster):
+    import psutil
+
+    from oneira.cluster.executor import RayExecutor
+
+    with RayExecutor() as mine:
+        pid = mine.submit(look, mine.share({"big": np.ones(9), "small": np.ones(1)}), 0).result()["pid"]
+        left = mine.submit(sleep, None, 100.0)
+    with pytest.raises(ClusterError, match="closed before unit"):
+        left.result()
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    assert not psutil.pid_exists(pid)
