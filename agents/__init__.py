@@ -9,18 +9,27 @@ Importing this package registers `oneira/Dream-v0` with Gymnasium and loads neit
 import importlib
 from typing import Any
 
-import gymnasium
+from oneira.platform import presets
 
 _EXPORTS = {"make_dream": "dream", "load_agent": "loading"}
 
 __all__ = ["load_agent", "make_dream"]
 
-if "oneira/Dream-v0" not in gymnasium.registry:
-    gymnasium.register(
-        "oneira/Dream-v0",
-        entry_point="oneira.agents.dream:DreamEnv",
-        vector_entry_point="oneira.agents.dream:make_vector",
-    )
+
+def register() -> None:
+    """Make `oneira/Dream-v0` known to Gymnasium; a second call changes nothing."""
+    import gymnasium
+
+    if "oneira/Dream-v0" not in gymnasium.registry:
+        gymnasium.register(
+            "oneira/Dream-v0",
+            entry_point="oneira.agents.dream:DreamEnv",
+            vector_entry_point="oneira.agents.dream:make_vector",
+        )
+
+
+if not presets.collecting_commands:
+    register()
 
 
 def __getattr__(name: str) -> Any:

@@ -99,7 +99,9 @@ def agent_tree(run: Run | str | Path, stage: str = "best") -> dict[str, Any]:
     run = run if isinstance(run, Run) else Run.open(run)
     kept = latest_agents(run)
     if kept is None or not kept.meta["checks"]:
-        raise DataError(f"'{run.path}' holds no controller yet: its first round is not finished. Continue it: oneira resume {run.path}")
+        raise DataError(
+            f"'{run.path}' holds no controller yet: its first round is not finished. Continue it: oneira resume {run.path}"
+        )
     checks = kept.meta["checks"]
     name = max(checks, key=lambda w: checks[w]["real_mean"]) if stage == "best" else stage
     if name not in checks:

@@ -34,7 +34,9 @@ def collect_unit(shared: dict[str, Any] | None, unit: dict[str, Any]) -> list[di
     senses = None if model is None else Senses(model, len(seeds))
     policy = _policy(unit, len(seeds), model.controller if model else ControllerConfig())
     frames = batch.reset()
-    episodes: list[dict[str, Any]] = [{"frames": [f], "actions": [], "rewards": [], "seed": s} for f, s in zip(frames, seeds, strict=True)]
+    episodes: list[dict[str, Any]] = [
+        {"frames": [f], "actions": [], "rewards": [], "seed": s} for f, s in zip(frames, seeds, strict=True)
+    ]
     rows = np.arange(len(seeds))
     for _ in range(unit["max_steps"]):
         actions = policy.act(senses.see(frames) if senses else None)
@@ -56,7 +58,15 @@ def collect_unit(shared: dict[str, Any] | None, unit: dict[str, Any]) -> list[di
         rows = rows[~over]
         if not len(rows):
             break
-    return [{**e, "frames": np.stack(e["frames"]), "actions": np.stack(e["actions"]), "rewards": np.array(e["rewards"], np.float32)} for e in episodes]
+    return [
+        {
+            **e,
+            "frames": np.stack(e["frames"]),
+            "actions": np.stack(e["actions"]),
+            "rewards": np.array(e["rewards"], np.float32),
+        }
+        for e in episodes
+    ]
 
 
 def _policy(unit: dict[str, Any], count: int, config: ControllerConfig) -> Exploration:

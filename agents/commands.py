@@ -49,7 +49,11 @@ def evaluate(
         place.parent.mkdir(exist_ok=True)
         place.write_text(json.dumps(score, indent=1), encoding="utf-8")
         emit(score)
-        spread = "" if score["std"] is None else f" ± {score['std']:.1f} (95% CI {score['ci95'][0]:.1f} to {score['ci95'][1]:.1f})"
+        spread = (
+            ""
+            if score["std"] is None
+            else f" ± {score['std']:.1f} (95% CI {score['ci95'][0]:.1f} to {score['ci95'][1]:.1f})"
+        )
         print(f"{score['env_id']}, {score['episodes']} episodes from seed {seed}: {score['mean']:.1f}{spread}")
 
 

@@ -27,7 +27,9 @@ class Batch(Protocol):
     def reset(self) -> np.ndarray:
         """Start every environment. Returns frames, uint8 [n, 64, 64, 3]."""
 
-    def step(self, actions: np.ndarray, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def step(
+        self, actions: np.ndarray, rows: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Step `rows` (int64 [R]). Returns frames uint8 [R, 64, 64, 3], rewards float64 [R], terminated bool [R], truncated bool [R]."""
 
     @property
@@ -66,7 +68,9 @@ class CarRacing:
         try:
             return gymnasium.make(self.env_id, render_mode=render_mode)
         except gymnasium.error.DependencyNotInstalled as error:
-            raise EnvironmentMissing(f"{self.env_id} needs Box2D and pygame: pip install 'gymnasium[box2d]' ({error})") from error
+            raise EnvironmentMissing(
+                f"{self.env_id} needs Box2D and pygame: pip install 'gymnasium[box2d]' ({error})"
+            ) from error
 
     def preprocess(self, frames: np.ndarray) -> np.ndarray:
         """Reference frames, uint8 [n, 96, 96, 3], to what agents see, uint8 [n, 64, 64, 3]."""

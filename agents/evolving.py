@@ -120,8 +120,13 @@ def _restore(
     searches = []
     for p in plan.populations:
         if kept is not None:
-            tensors = {k.removeprefix(f"{p.name}/"): v.numpy() for k, v in kept.tensors.items() if k.startswith(f"{p.name}/")}
-            population, told = Population.from_state(p.evolution, tensors, kept.meta[p.name]["state"]), kept.meta[p.name]["told"]
+            tensors = {
+                k.removeprefix(f"{p.name}/"): v.numpy() for k, v in kept.tensors.items() if k.startswith(f"{p.name}/")
+            }
+            population, told = (
+                Population.from_state(p.evolution, tensors, kept.meta[p.name]["state"]),
+                kept.meta[p.name]["told"],
+            )
         elif p.name in before and not plan.restart:
             population, told = Population.from_state(p.evolution, *before[p.name].state()), 0
         else:
@@ -161,7 +166,11 @@ def _segment(
         place = (config.seed, "evolve", round_index, s.config.name, s.population.generation)
         units = units_of(s.config, s.population.ask(), s.config.episodes, *place)
         if s.population.generation % s.config.check_every == 0:
-            check = ("check", config.seed, round_index)  # the same places every time, so that a curve's changes are the controller's
+            check = (
+                "check",
+                config.seed,
+                round_index,
+            )  # the same places every time, so that a curve's changes are the controller's
             units += units_of(s.config, s.population.best_mean()[None], 16, *check)
         s.started, s.num_units, s.answers = time.perf_counter(), len(units), {}
         for i, unit in enumerate(units):

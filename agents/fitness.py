@@ -34,7 +34,9 @@ class RowControllers:
         """features float32 [n, F] of these rows -> actions [n, A]; the product always has the full shape [K, S, F]."""
         self._full[torch.from_numpy(rows)] = torch.from_numpy(features)
         outputs = self.controller.outputs(self.params, self._full.view(len(self.params), self.rows_each, -1))
-        return squash(outputs.reshape(len(self._full), -1)[torch.from_numpy(rows)], self.controller.config.action_space).numpy()
+        return squash(
+            outputs.reshape(len(self._full), -1)[torch.from_numpy(rows)], self.controller.config.action_space
+        ).numpy()
 
 
 @torch.inference_mode()
@@ -94,5 +96,7 @@ def dream_unit(shared: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
     def policy(features_KRF: torch.Tensor) -> torch.Tensor:
         return controller.act(params, features_KRF)
 
-    dreams = dream_model(model).rollout(starts, policy, unit["horizon"], unit["tau"], unit["seed"], candidates=len(params))
+    dreams = dream_model(model).rollout(
+        starts, policy, unit["horizon"], unit["tau"], unit["seed"], candidates=len(params)
+    )
     return {"returns": dreams.returns.astype(np.float64), "env_steps": int(dreams.lengths.sum())}

@@ -23,11 +23,10 @@ from oneira.platform.runs import Run
 
 from .evaluation import DEFAULT_SEED, evaluate_reference, rank_correlation, reported_seeds
 from .evolution import Population
-from .evolving import evolve, seed_of, track_seeds, units_of
+from .evolving import evolve, seed_of, track_seeds
 from .fitness import dream_unit, real_unit
 from .settings import PopulationConfig, WorldModelConfig
 from .stages import collect, fit_memory, fit_vision, packed_model
-
 
 
 def train(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, Any]:
@@ -55,7 +54,9 @@ def _round(
         if plan.vision is not None and not kept.exists(vision):
             with _timed(run, "vision", index):
                 precursor = _last(run, "vision", index)
-                executor.submit(fit_vision, None, {"run": str(run.path), "round": index, "precursor": precursor}, threads=0).result()
+                executor.submit(
+                    fit_vision, None, {"run": str(run.path), "round": index, "precursor": precursor}, threads=0
+                ).result()
         with _timed(run, "memory", index):
             unit = {
                 "run": str(run.path), "round": index, "vision": _last(run, "vision", index + 1),
@@ -84,7 +85,9 @@ def _timed(run: Run, stage: str, index: int) -> Iterator[None]:
     began = time.perf_counter()
     yield
     order = ("collect", "vision", "memory", "evolve", "check", "score", "report")
-    run.log("stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began)
+    run.log(
+        "stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began
+    )
 
 
 # ---- the check at the end of a round
@@ -97,7 +100,9 @@ def _check(
     best = _carry_over(run, index)
     for p in config.rounds[index].populations:
         population = populations[p.name]
-        real = _measure(config, executor, shared, p, population.best_mean()[None], config.checks, "real", ("check-end", index))
+        real = _measure(
+            config, executor, shared, p, population.best_mean()[None], config.checks, "real", ("check-end", index)
+        )
         dream = _measure(config, executor, shared, p, population.best_mean()[None], 64, "dream", ("check-end", index))
         correlation = _rank_correlation(config, index, run, executor, shared, p, population)
         entry = {
@@ -150,7 +155,13 @@ def _measure(
 
 
 def _rank_correlation(
-    config: WorldModelConfig, index: int, run: Run, executor: Executor, shared: Any, p: PopulationConfig, population: Population
+    config: WorldModelConfig,
+    index: int,
+    run: Run,
+    executor: Executor,
+    shared: Any,
+    p: PopulationConfig,
+    population: Population,
 ) -> float:
     """Spearman's rank correlation between dream and real returns of 16 candidates spread around the mean."""
     candidates = population.ask()[:16]

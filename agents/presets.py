@@ -1,9 +1,9 @@
 """The presets of this package: complete runs by name, `oneira train NAME`.
 
-    carracing-quick        minutes on a laptop
-    carracing-hour         an hour on a laptop, populations in both worlds
-    carracing-hour-dream   an hour on a laptop, the controller learns in dreams alone
-    carracing-paper        the sizes of "World Models" (Ha & Schmidhuber 2018), for a cluster
+carracing-quick        minutes on a laptop
+carracing-hour         an hour on a laptop, populations in both worlds
+carracing-hour-dream   an hour on a laptop, the controller learns in dreams alone
+carracing-paper        the sizes of "World Models" (Ha & Schmidhuber 2018), for a cluster
 """
 
 from __future__ import annotations
@@ -19,15 +19,28 @@ from .memory import MemoryConfig
 from .settings import CollectConfig, PopulationConfig, RoundConfig, WorldModelConfig
 
 
-def _real(generations: int, *, popsize: int = 64, episodes: int = 3, sigma0: float = 0.1, **more: object) -> PopulationConfig:
+def _real(
+    generations: int, *, popsize: int = 64, episodes: int = 3, sigma0: float = 0.1, **more: object
+) -> PopulationConfig:
     evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=sigma0, seed=1)
-    return PopulationConfig(name="real", world="real", generations=generations, episodes=episodes, evolution=evolution, **more)
+    return PopulationConfig(
+        name="real", world="real", generations=generations, episodes=episodes, evolution=evolution, **more
+    )
 
 
-def _dream(generations: int, *, popsize: int = 64, sigma0: float = 0.1, tau: float = 1.0, **more: object) -> PopulationConfig:
+def _dream(
+    generations: int, *, popsize: int = 64, sigma0: float = 0.1, tau: float = 1.0, **more: object
+) -> PopulationConfig:
     evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=sigma0, seed=2)
     return PopulationConfig(
-        name="dream", world="dream", generations=generations, episodes=16, horizon=150, tau=tau, evolution=evolution, **more
+        name="dream",
+        world="dream",
+        generations=generations,
+        episodes=16,
+        horizon=150,
+        tau=tau,
+        evolution=evolution,
+        **more,
     )
 
 
@@ -61,7 +74,9 @@ def carracing_hour_dream() -> WorldModelConfig:
 def carracing_paper() -> WorldModelConfig:
     """The paper's own sizes: 10,000 random episodes, its VAE, full CMA-ES of 64 candidates on 16 tracks, 1,800 generations."""
     evolution = EvolutionConfig(kind="full", popsize=64, sigma0=0.1, mirrored=False, mean_rate=1.0, seed=1)
-    population = PopulationConfig(name="real", world="real", generations=1800, episodes=16, stuck=0, unit=4, evolution=evolution)
+    population = PopulationConfig(
+        name="real", world="real", generations=1800, episodes=16, stuck=0, unit=4, evolution=evolution
+    )
     return WorldModelConfig(
         vision=VAEConfig(kind="paper"),
         memory=replace(_MEMORY, reward_input=False),

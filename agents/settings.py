@@ -84,11 +84,15 @@ class PopulationConfig:
     def __post_init__(self) -> None:
         _at_least(self, generations=0, episodes=1, horizon=1, stuck=0, unit=1, check_every=1)
         if self.world not in ("real", "dream"):
-            raise ConfigError(f"population '{self.name}': unknown world '{self.world}'. {did_you_mean(self.world, ('real', 'dream'))}")
+            raise ConfigError(
+                f"population '{self.name}': unknown world '{self.world}'. {did_you_mean(self.world, ('real', 'dream'))}"
+            )
         if not self.tau > 0:
             raise ConfigError(f"population '{self.name}': tau is {self.tau}; a temperature must be above 0.")
         if self.evolution.popsize % self.unit:
-            raise ConfigError(f"population '{self.name}': unit {self.unit} does not divide popsize {self.evolution.popsize}.")
+            raise ConfigError(
+                f"population '{self.name}': unit {self.unit} does not divide popsize {self.evolution.popsize}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +152,13 @@ class WorldModelConfig:
         if self.world not in WORLDS:
             raise ConfigError(f"unknown environment '{self.world}'. {did_you_mean(self.world, WORLDS)}")
         if not (self.vision.z == self.memory.z == self.controller.z):
-            raise ConfigError(f"z differs: vision {self.vision.z}, memory {self.memory.z}, controller {self.controller.z}.")
+            raise ConfigError(
+                f"z differs: vision {self.vision.z}, memory {self.memory.z}, controller {self.controller.z}."
+            )
         if self.controller.memory != self.memory.hidden:
-            raise ConfigError(f"the controller expects h of {self.controller.memory}, the memory's is {self.memory.hidden}.")
+            raise ConfigError(
+                f"the controller expects h of {self.controller.memory}, the memory's is {self.memory.hidden}."
+            )
         if not self.rounds or not self.rounds[0].collect.episodes or self.rounds[0].vision is None:
             raise ConfigError("a run needs a first round that collects episodes and trains V.")
 
@@ -187,10 +195,24 @@ def _smoke_round(r: RoundConfig) -> RoundConfig:
     )
     populations = tuple(
         replace(
-            p, generations=min(p.generations, 2), episodes=min(p.episodes, 2), horizon=min(p.horizon, 60), unit=4, check_every=1,
+            p,
+            generations=min(p.generations, 2),
+            episodes=min(p.episodes, 2),
+            horizon=min(p.horizon, 60),
+            unit=4,
+            check_every=1,
             evolution=replace(p.evolution, popsize=8),
         )
         for p in r.populations
     )
-    shrink = lambda t: None if t is None else replace(t, steps=min(t.steps, 20), batch_size=min(t.batch_size, 32), log_every=10)  # noqa: E731
-    return replace(r, collect=collect, vision=shrink(r.vision), memory=shrink(r.memory), segments=min(r.segments, 2), populations=populations)
+    shrink = lambda t: (
+        None if t is None else replace(t, steps=min(t.steps, 20), batch_size=min(t.batch_size, 32), log_every=10)
+    )
+    return replace(
+        r,
+        collect=collect,
+        vision=shrink(r.vision),
+        memory=shrink(r.memory),
+        segments=min(r.segments, 2),
+        populations=populations,
+    )

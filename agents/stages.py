@@ -57,11 +57,21 @@ def collect(
     units = [u for u in _collect_units(config, round_index, plan, controllers) if u["shard"] not in store.shards]
     world = make_world(config.world)
     for index, (unit, episodes) in enumerate(zip(units, executor.map(collect_unit, shared, units), strict=True)):
-        meta = {"policy": unit["policy"], "env_id": world.env_id, "simulator": "twin", "preprocessing": world.preprocessing}
+        meta = {
+            "policy": unit["policy"],
+            "env_id": world.env_id,
+            "simulator": "twin",
+            "preprocessing": world.preprocessing,
+        }
         with store.writer(unit["shard"], **meta) as writer:
             for e in episodes:
                 writer.add_episode(
-                    e["frames"], e["actions"], e["rewards"], terminated=e["terminated"], truncated=e["truncated"], seed=e["seed"]
+                    e["frames"],
+                    e["actions"],
+                    e["rewards"],
+                    terminated=e["terminated"],
+                    truncated=e["truncated"],
+                    seed=e["seed"],
                 )
         run.log(
             "collect", round_index * 1000 + index, round=round_index, policy=unit["policy"],
@@ -93,7 +103,9 @@ def fit_vision(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:
     run = Run.open(unit["run"])
     config, index = run.config, unit["round"]
     settings = config.rounds[index].vision
-    batches = frame_batches(round_store(run, config, index), batch_size=settings.batch_size, seed=seed_of(config.seed, "vision", index))
+    batches = frame_batches(
+        round_store(run, config, index), batch_size=settings.batch_size, seed=seed_of(config.seed, "vision", index)
+    )
     torch.manual_seed(seed_of(config.seed, "vision-weights", index) % 2**31)
     model = VAE(config.vision)
     if unit["precursor"]:
@@ -174,13 +186,24 @@ def _logger(run: Run, stage: str, index: int, steps: int, batch: int, rate: str,
         speed = (step - last[1]) * batch / max(now - last[0], 1e-9) if last[1] else 0.0
         last[:] = [now, step]
         extra = {rate: speed} if speed else {}
-        run.log(stage, index * 1_000_000 + member * 100_000 + step, round=index, member=member, total=steps, **values, **extra)
+        run.log(
+            stage,
+            index * 1_000_000 + member * 100_000 + step,
+            round=index,
+            member=member,
+            total=steps,
+            at=step,
+            **values,
+            **extra,
+        )
 
     return log
 
 
 @torch.inference_mode()
-def gather_starts(store: RolloutStore, key: str, memory: MDNRNN, config: WorldModelConfig, index: int) -> dict[str, np.ndarray]:
+def gather_starts(
+    store: RolloutStore, key: str, memory: MDNRNN, config: WorldModelConfig, index: int
+) -> dict[str, np.ndarray]:
     """Moments in the data at which dreams may begin, with what M remembers there.
 
     A quarter are drawn from the first second of episodes, the others from anywhere in them.

@@ -19,8 +19,8 @@ import torch
 from oneira.generative.vae import VAE, VAEConfig, fast_encoder
 from oneira.platform.config import from_dict, to_dict
 
-from .controller import ControllerConfig
 from . import kernels
+from .controller import ControllerConfig
 from .dreaming import DreamModel, _Member
 from .memory import MDNRNN, MemoryConfig, pack_state_dict
 
@@ -103,7 +103,9 @@ class Senses:
 
     def __init__(self, model: WorldModel, num_envs: int) -> None:
         self.encode = _kept("encode", model, lambda: fast_encoder(model.vision))
-        self.member: _Member = _kept("member", model, lambda: _Member(pack_state_dict(model.members[0]), model.members[0].config))
+        self.member: _Member = _kept(
+            "member", model, lambda: _Member(pack_state_dict(model.members[0]), model.members[0].config)
+        )
         self.config = model.members[0].config
         self.with_memory = model.controller.features == "zh"
         self.num_envs = num_envs
@@ -126,7 +128,9 @@ class Senses:
                 parts.append(torch.from_numpy(self.reward / np.float32(config.reward_scale))[:, None])
             low = torch.cat(parts, 1).bfloat16()
             gates = torch.mm(low, self.member.gates)
-            kernels.lstm_dream(kernels.bits(gates), self.member.gates_bias, self._cell, self._known, kernels.bits(low), config.z)
+            kernels.lstm_dream(
+                kernels.bits(gates), self.member.gates_bias, self._cell, self._known, kernels.bits(low), config.z
+            )
         if rewards is not None:
             self.reward = np.asarray(rewards, np.float32)
         elif config.reward_input and self.with_memory:

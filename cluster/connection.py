@@ -20,7 +20,7 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Cluster:
 
     address: str
     started: bool
-    session: Path
+    session: Path | None  # Ray's folder of logs and sockets, where this process knows it
 
 
 _current: Cluster | None = None
@@ -66,7 +66,7 @@ def connect(address: str | None = None, *, start: bool = True) -> Cluster | None
 
     wanted = address or os.environ.get("RAY_ADDRESS") or None
     if ray.is_initialized():
-        current = _current or Cluster(address=_ray_address(), started=False, session=_session())
+        current = _current or Cluster(address=ray.get_runtime_context().gcs_address, started=False, session=None)
         if wanted not in (None, current.address):
             raise ClusterError(f"Cannot use {wanted}: already connected to {current.address}. One cluster a process.")
         return current
@@ -111,13 +111,13 @@ def _start() -> Cluster:
     memory = min(OBJECT_STORE_BYTES, psutil.virtual_memory().available // 4)
     try:
         with _keeping_sigterm(), _bare_head():
-            ray.init(
+            context: Any = ray.init(
                 address="local", num_cpus=num_cores(), object_store_memory=memory, include_dashboard=False,
                 namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
             )  # fmt: skip
     except Exception as error:
         raise ClusterError(f"Could not start a local Ray cluster: {error}") from error
-    cluster = Cluster(address=_ray_address(), started=True, session=_session())
+    cluster = _cluster(context.address_info, started=True)
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
     record = {"address": cluster.address, "session": str(cluster.session), **owner}
     _write_atomically(_folder() / "local.json", json.dumps(record))
@@ -158,10 +158,16 @@ def _join(address: str, *, local: bool) -> Cluster:
     _must_answer(address)
     try:
         with _keeping_sigterm():
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+            context: Any = ray.init(
+                address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+            )
     except (Exception, SystemExit) as error:  # Ray's core ends the process where its head falls silent
         raise ClusterError(f"Could not join the Ray cluster at {address}: {error}") from error
-    return Cluster(address=_ray_address(), started=False, session=_session())
+    return _cluster(context.address_info, started=False)
+
+
+def _cluster(info: Mapping[str, Any], *, started: bool) -> Cluster:
+    return Cluster(address=info["gcs_address"], started=started, session=Path(info["session_dir"]))
 
 
 def _must_answer(address: str) -> None:
@@ -208,7 +214,7 @@ def _use_local_settings() -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token_file())
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     # Ray has read both when it was imported, which may have been before this call.
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -289,18 +295,6 @@ def _write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _ray_address() -> str:
-    import ray
-
-    return ray.get_runtime_context().gcs_address
-
-
-def _session() -> Path:
-    import ray
-
-    return Path(ray._private.worker._global_node.get_session_dir_path())
 
 
 def _is_loopback(address: str) -> bool:

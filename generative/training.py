@@ -2,9 +2,9 @@
 
     model = fit(VAE(VAEConfig()), lambda step: frames[choice(step)], TrainSettings(steps=2000, batch_size=128))
 
-Batches are a pure function of the step, and the noise of step k comes from a generator seeded by (seed, k). So a step depends
-on nothing but weights, optimizer, EMA and its number: a run that was killed and goes on from its checkpoint ends with the same
-bytes as one that was not (same machine, same number of threads; on GPUs in torch's deterministic mode).
+Batches are a pure function of the step, and the noise of step k comes from a generator seeded by (seed, k). So a step
+depends on nothing but weights, optimizer, EMA and its number: a run that was killed and goes on from its checkpoint
+ends with the same bytes as one that was not (same machine, same number of threads; on GPUs in torch's deterministic mode).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from oneira.platform.errors import CheckpointError, ConfigError, NumericalError
 
 
 class Trainable(Protocol):
-    """What `fit` asks of an `nn.Module`. All randomness must come from `generator`: no dropout by torch's global one."""
+    """What `fit` asks of an `nn.Module`. All randomness must come from `generator`, none from torch's global one."""
 
     def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Returns (scalar to minimise, named scalars to log)."""
@@ -37,9 +37,9 @@ Log = Callable[..., None]  # log(step, **values)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How long and how fast to train. Steps are optimizer steps; the learning rate warms up linearly, then falls as a cosine."""
+    """How long and how fast to train. The learning rate warms up linearly, then falls as a cosine."""
 
-    steps: int
+    steps: int  # of the optimizer
     batch_size: int  # for whoever makes `batch_at`; the loop itself takes batches as they come
     lr: float = 1e-3
     warmup: int = 100  # steps; at most a quarter of all
@@ -54,7 +54,8 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, lowest in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("save_every", 0), ("log_every", 1), ("seed", 0)):
+        lowest_of = {"steps": 1, "batch_size": 1, "warmup": 0, "save_every": 0, "log_every": 1, "seed": 0}
+        for key, lowest in lowest_of.items():
             if getattr(self, key) < lowest:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least {lowest}.")
         for key in ("lr", "weight_decay", "clip"):
@@ -83,8 +84,8 @@ def fit(
         model: see `Trainable`; its weights stay fp32, the forward pass runs in `settings.precision`.
         batch_at: step in [0, steps) -> batch: tensors, or dicts, lists and tuples of them. Must be a pure function.
         device: where to train and who grants the time; None means this process's own.
-        checkpoints, name: where every `save_every` steps, and at the end, the state is saved; if there is one, it goes on from it.
-        log: called as log(step, loss=, lr=, grad_norm=, **model's) every `log_every` steps and at the end, `step` from 1.
+        checkpoints, name: where the state is saved every `save_every` steps and at the end, and from where it goes on.
+        log: called as log(step, loss=, lr=, grad_norm=, **model's) every `log_every` steps and at the end, from step 1.
         init: weights to begin with where there is no checkpoint.
 
     Raises:
@@ -93,8 +94,9 @@ def fit(
     """
     device = LocalDevice() if device is None else device
     place = device.torch_device
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
-    model.to(device=place, memory_format=layout).train()
+    model.to(place).train()
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
     if init is not None:
         model.load_state_dict(dict(init))
     state = _State(model, settings, place)
@@ -138,7 +140,8 @@ class _State:
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], step: int) -> None:
         if meta.get("settings") != _identity(self.settings):
-            raise CheckpointError(f"The checkpoint was trained with {meta.get('settings')}, not {_identity(self.settings)}.")
+            wanted = _identity(self.settings)
+            raise CheckpointError(f"The checkpoint was trained with {meta.get('settings')}, not {wanted}.")
         try:
             self.model.load_state_dict({key: tensors[f"model.{key}"] for key in self.model.state_dict()})
             for key, value in self.average.items():
@@ -174,7 +177,7 @@ def _update(state: _State, batch: Any, place: torch.device) -> dict[str, Any]:
     settings, parameters = state.settings, list(state.parameters.values())
     state.optimizer.zero_grad(set_to_none=True)
     with torch.autocast(place.type, torch.bfloat16, enabled=state.precision is torch.bfloat16):
-        loss, values = state.model.loss(batch, _generator(settings.seed, state.step, place))
+        loss, values = cast(Trainable, state.model).loss(batch, _generator(settings.seed, state.step, place))
     loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
     if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):

@@ -1,15 +1,16 @@
-"""V, the variational auto-encoder of World Models (Ha & Schmidhuber 2018, appendix A.1): a frame becomes z, about 32 numbers.
+"""V, the variational auto-encoder of World Models (Ha & Schmidhuber 2018, appendix A.1): a frame becomes z, 32 numbers.
 
     model = fit(VAE(VAEConfig()), batch_at, settings)            # batches uint8 [B, 64, 64, 3]
     mu, logvar = fast_encoder(model)(frames)                     # float32 [B, Z] each
 
-Two kinds with one loss. "paper" is the paper's: four convolutions in, four transposed ones out. "fast" is made for CPUs, whose
-matrix products run near their peak where their convolutions do not: it is linear layers over tokens only. Its encoder merges
-neighbours that already lie side by side in memory (16 pixels of a row, a row, 4 rows), so that no number is ever moved; its
-decoder splits tokens into 2x2 and at last into 4x4 pixels, and its loss cuts the target into patches rather than put the picture
-together.
+Two kinds with one loss. "paper" is the paper's: four convolutions in, four transposed ones out. "fast" is made for
+CPUs, whose matrix products run near their peak where their convolutions do not: it is linear layers over tokens only.
+Its encoder merges neighbours that already lie side by side in memory (16 pixels of a row, a row, 4 rows), so that no
+number is ever moved; its decoder splits tokens into 2x2 and at last into 4x4 pixels, and its loss cuts the target into patches
+rather than put the picture together.
 
-Legend: B batch, Z latent size, H W rows and columns, C channels, T tokens of a frame. Frames are uint8 [0, 255], [B, 64, 64, 3].
+Legend: B batch, Z latent size, H W rows and columns, C channels, T tokens of a frame.
+Frames are uint8 [0, 255], [B, 64, 64, 3].
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -42,14 +44,16 @@ class VAEConfig:
 
     kind: Literal["paper", "fast"] = "fast"
     z: int = 32  # latent size
-    width: int = 48  # channels next to the pixels; deeper stages have 2 and 4 times as many ("fast" only)
+    width: int = 32  # the encoder's channels next to the pixels; deeper stages have 2 and 4 times as many ("fast" only)
+    decoder_width: int = 48  # the decoder's, likewise
     kl_floor: float = 0.5  # nats per latent dimension that the KL may have for free (the paper's tolerance)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"kind is '{self.kind}'. {did_you_mean(self.kind, KINDS)}")
-        if self.z < 1 or self.width < 1:
-            raise ConfigError(f"z is {self.z} and width {self.width}; both must be at least 1.")
+        for key in ("z", "width", "decoder_width"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1.")
         if not self.kl_floor >= 0:
             raise ConfigError(f"kl_floor is {self.kl_floor}; it must not be negative.")
 
@@ -63,7 +67,8 @@ class VAE(nn.Module):
         self.encoder: StripEncoder | ConvEncoder
         self.decoder: PatchDecoder | ConvDecoder
         if config.kind == "fast":
-            self.encoder, self.decoder = StripEncoder(config.z, config.width), PatchDecoder(config.z, config.width)
+            self.encoder = StripEncoder(config.z, config.width)
+            self.decoder = PatchDecoder(config.z, config.decoder_width)
         else:
             self.encoder, self.decoder = ConvEncoder(config.z), ConvDecoder(config.z)
 
@@ -88,7 +93,7 @@ class VAE(nn.Module):
         return self.decode(z.to(next(self.parameters()).device))
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Squared error summed over the frame, plus KL(q(z | frame) || N(0, 1)) in nats where above its floor; means over B."""
+        """Squared error summed over the frame, plus max(KL(q(z | frame) || N(0, 1)), floor) in nats; means over B."""
         mu, logvar = self.encode(batch)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         values = self.decoder(mu + torch.exp(0.5 * logvar) * noise)
@@ -98,13 +103,13 @@ class VAE(nn.Module):
         return loss, {"error": error.detach(), "kl": kl.detach().mean()}
 
 
-# The fast kind --------------------------------------------------------------------------------------------------------------
+# The fast kind -------------------------------------------------------------------------------------------------------
 
 
 class StripEncoder(nn.Module):
-    """Frames -> [B, 2Z]. Every stage is one matrix product over tokens that are contiguous pieces of the stage before."""
+    """Frames -> [B, 2Z]. Every stage is one matrix product over tokens that lie together in the stage before."""
 
-    # (tokens of a frame, pieces of the stage before in each): 16 pixels, a row, 4 rows. Pieces of the first are numbers.
+    # (tokens of a frame, pieces of the stage before in each): 16 pixels of 3 numbers, a row, 4 rows.
     STAGES = ((256, 48), (64, 4), (16, 4))
 
     def __init__(self, z: int, width: int):
@@ -127,9 +132,9 @@ class StripEncoder(nn.Module):
 
     @torch.no_grad()
     def pack(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        """The same function for inference, frames -> float32 [B, 2Z]: weights transposed once, buffers kept between calls."""
+        """The same for inference, frames -> float32 [B, 2Z]: weights transposed once, buffers kept between calls."""
         first, *others = [(layer.weight.detach(), layer.bias.detach()) for layer in (*self.stages, self.head)]
-        # Whole numbers up to 256 are exact in bf16: the first layer takes pixels as they are, their scaling is in its weights.
+        # Whole numbers up to 256 are exact in bf16: the first layer takes pixels as they are, with scaled weights.
         layers = [(first[0] / 127.5, first[1] - first[0].sum(dim=1)), *others]
         packed = [(w.t().contiguous().to(dtype), b.to(dtype)) for w, b in layers]
         tokens = [count for count, _ in self.STAGES] + [1]
@@ -201,7 +206,7 @@ def _initialise(layers: nn.ModuleList | list[nn.Module]) -> None:
         nn.init.zeros_(layer.bias)
 
 
-# The paper's kind -----------------------------------------------------------------------------------------------------------
+# The paper's kind ----------------------------------------------------------------------------------------------------
 
 
 class ConvEncoder(nn.Module):
@@ -210,7 +215,7 @@ class ConvEncoder(nn.Module):
     def __init__(self, z: int):
         super().__init__()
         channels = (3, 32, 64, 128, 256)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2) for a, b in zip(channels, channels[1:], strict=False))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2) for a, b in pairwise(channels))
         self.head = nn.Linear(2 * 2 * 256, 2 * z)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ class ConvEncoder(nn.Module):
     @torch.no_grad()
     def pack(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """The same function for inference, frames -> float32 [B, 2Z]."""
-        packed = copy.deepcopy(self).eval().to(dtype=dtype, memory_format=torch.channels_last)
+        packed = copy.deepcopy(self).eval().to(dtype).to(memory_format=torch.channels_last)
         place = packed.head.weight.device
 
         def run(frames: Tensor) -> Tensor:
@@ -235,7 +240,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """z -> dense 1024 -> transposed convolutions of stride 2, kernels 5, 5, 6, 6 -> float32 [B, 3, 64, 64] in [0, 1]."""
+    """z -> 1024 -> transposed convolutions of stride 2, kernels 5, 5, 6, 6 -> float32 [B, 3, 64, 64] in [0, 1]."""
 
     def __init__(self, z: int):
         super().__init__()
@@ -257,13 +262,13 @@ class ConvDecoder(nn.Module):
         return values
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def fast_encoder(model: VAE) -> Encoder:
-    """`model.encode` for inference, as fast as the device can: frames uint8 [B, 64, 64, 3] -> (mu, logvar), float32 [B, Z] each.
+    """`model.encode` for inference: frames uint8 [B, 64, 64, 3] -> (mu, logvar), float32 [B, Z] each.
 
-    A snapshot: later changes of the weights do not reach it. It keeps buffers between calls, so each thread needs its own.
+    A snapshot: later changes of the weights do not reach it. It keeps buffers between calls: each thread needs its own.
     Works in bf16 where the device has units for it; takes NumPy arrays, read-only ones too, and tensors.
     """
     run = model.encoder.pack(pick_precision("auto", next(model.parameters()).device))

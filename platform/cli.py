@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import presets
 from .errors import EnvironmentMissing, OneiraError
-from .presets import find_entry_points
 
 app = typer.Typer(
     name="oneira",
@@ -162,11 +162,15 @@ skipped_commands: dict[str, str] = {}
 
 def add_commands() -> None:
     """Registers the commands of all installed packages; one that fails is left out, and `oneira doctor` says why."""
-    for name, point in find_entry_points("oneira.commands").items():
-        try:
-            point.load()(app)
-        except Exception as error:  # a broken package must not take the other commands away
-            skipped_commands[name] = f"{type(error).__name__}: {error}"
+    presets.collecting_commands = True
+    try:
+        for name, point in presets.find_entry_points("oneira.commands").items():
+            try:
+                point.load()(app)
+            except Exception as error:  # a broken package must not take the other commands away
+                skipped_commands[name] = f"{type(error).__name__}: {error}"
+    finally:
+        presets.collecting_commands = False
 
 
 def _fail(message: str, code: int) -> int:
@@ -189,7 +193,7 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     except (BrokenPipeError, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read our output left: the flush at exit must not fail as well
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left: the flush at exit must not fail too
         return 0
     except Exception as error:
         if os.environ.get("ONEIRA_DEBUG") == "1":

@@ -19,7 +19,7 @@ from typing import Any
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_LOOKS = 0.5
-NOT_VALUES = ("time", "stage", "step", "total", "event")
+NOT_VALUES = ("time", "stage", "step", "at", "total", "event")
 
 
 def json_text(document: Any) -> str:
@@ -106,12 +106,12 @@ class _Stage:
     """What is known of one stage's progress since this process began to look."""
 
     def __init__(self, line: Mapping[str, Any]):
-        self.first_step, self.first_time = line["step"], line["time"]
+        self.first_step, self.first_time = line.get("at", line["step"]), line["time"]
         self.last_said = 0.0
         self.update(line)
 
     def update(self, line: Mapping[str, Any]) -> None:
-        self.step, self.time = line["step"], line["time"]
+        self.step, self.time = line.get("at", line["step"]), line["time"]
         self.total = line.get("total", getattr(self, "total", None))
         values = {key: value for key, value in line.items() if key not in NOT_VALUES}
         self.values = values or getattr(self, "values", {})

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .executor import Executor
     from .runs import Run
 
+# True while the command line collects the commands of all packages. A package may then put off what is costly in its
+# `__init__` (such as importing a library only to register something with it), so that `oneira --help` answers at once.
+collecting_commands = False
+
 
 class PresetConfig(Protocol):
     """What `oneira train` asks of the config that a preset returns."""

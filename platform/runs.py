@@ -125,7 +125,11 @@ class Run:
     # ---- metrics
 
     def log(self, stage: str, step: int, **values: float | int | str) -> None:
-        """Appends one line to metrics.jsonl. `total=N`, the stage's steps, lets progress show the time left."""
+        """Appends one line to metrics.jsonl.
+
+        For the display of progress, `total=N` is the number of steps of the stage, and `at=n` how many of them are done
+        where `step` itself does not say it (because it counts on over several rounds).
+        """
         line = {"time": round(time.time(), 3), "stage": stage, "step": int(step)}
         line |= {key: _scalar(value) for key, value in values.items()}
         try:
@@ -158,7 +162,7 @@ class Run:
             values = [
                 Summary.Value(tag=f"{line['stage']}/{key}", simple_value=value)
                 for key, value in line.items()
-                if key not in ("time", "step", "total") and type(value) in (int, float)
+                if key not in ("time", "step", "at", "total") and type(value) in (int, float)
             ]
             writer.add_event(Event(wall_time=line["time"], step=line["step"], summary=Summary(value=values)))
         writer.close()

@@ -92,7 +92,8 @@ def measure_bodies() -> np.ndarray:
 
     def body(polygons: tuple[np.ndarray, ...], density: float):
         fixtures = [
-            Box2D.b2FixtureDef(shape=Box2D.b2PolygonShape(vertices=[tuple(map(float, v)) for v in p]), density=density) for p in polygons
+            Box2D.b2FixtureDef(shape=Box2D.b2PolygonShape(vertices=[tuple(map(float, v)) for v in p]), density=density)
+            for p in polygons
         ]
         return world.CreateDynamicBody(position=(0, 0), angle=0.0, fixtures=fixtures)
 

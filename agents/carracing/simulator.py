@@ -153,21 +153,58 @@ def _step_one(car, parts, tiles, normals, centres, visited, driven, act, steer, 
 
 
 @njit(cache=True, nogil=True)
-def _run(rows, act, cars, parts, of, tile_offset, tiles, normals, centres, poly_offset, polygons, poly_centre, colours, poly_tile,
-         visited, driven, actions, rewards, terminated, frames, samples, picture):
+def _run(
+    rows,
+    act,
+    cars,
+    parts,
+    of,
+    tile_offset,
+    tiles,
+    normals,
+    centres,
+    poly_offset,
+    polygons,
+    poly_centre,
+    colours,
+    poly_tile,
+    visited,
+    driven,
+    actions,
+    rewards,
+    terminated,
+    frames,
+    samples,
+    picture,
+):
     for index in range(len(rows)):
         n = rows[index]
         k = of[n]
         a, b = tile_offset[k], tile_offset[k + 1]
         steer, gas, brake = 0.0, 0.0, 0.0
         if act:
-            steer, gas, brake = np.float64(actions[index, 0]), np.float64(actions[index, 1]), np.float64(actions[index, 2])
-        r, t = _step_one(cars[n], parts, tiles[a:b], normals[a:b], centres[a:b], visited[n], driven[n], act, steer, gas, brake)
+            steer, gas, brake = (
+                np.float64(actions[index, 0]),
+                np.float64(actions[index, 1]),
+                np.float64(actions[index, 2]),
+            )
+        r, t = _step_one(
+            cars[n], parts, tiles[a:b], normals[a:b], centres[a:b], visited[n], driven[n], act, steer, gas, brake
+        )
         rewards[index] = r
         terminated[index] = t
         if picture:
             p, q = poly_offset[k], poly_offset[k + 1]
-            draw(frames[index], samples, cars[n], polygons[p:q], poly_centre[p:q], colours[p:q], poly_tile[p:q], driven[n])
+            draw(
+                frames[index],
+                samples,
+                cars[n],
+                polygons[p:q],
+                poly_centre[p:q],
+                colours[p:q],
+                poly_tile[p:q],
+                driven[n],
+            )
 
 
 class CarRacingBatch:
@@ -199,7 +236,9 @@ class CarRacingBatch:
         rows = np.arange(self.num_envs)
         return self._advance(rows, False, np.zeros((self.num_envs, 3), np.float32))[0]
 
-    def step(self, actions: np.ndarray, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def step(
+        self, actions: np.ndarray, rows: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """One step of 1/50 s for all cars, or for `rows` alone (the others stand still in time).
 
         Args:
@@ -216,9 +255,30 @@ class CarRacingBatch:
         frames = np.empty((len(rows) if self.picture else 0, SIZE, SIZE, 3), np.uint8)
         rewards, terminated = np.empty(len(rows)), np.empty(len(rows), np.bool_)
         t = self.tracks
-        _run(rows, act, self.cars, bodies(), self.track_of, t.tile_offset, t.tiles, t.normals, t.tile_centre, t.polygon_offset,
-             t.polygons, t.polygon_centre, t.colours, t.polygon_tile, self._visited, self._driven, actions, rewards, terminated,
-             frames, self._samples, self.picture)
+        _run(
+            rows,
+            act,
+            self.cars,
+            bodies(),
+            self.track_of,
+            t.tile_offset,
+            t.tiles,
+            t.normals,
+            t.tile_centre,
+            t.polygon_offset,
+            t.polygons,
+            t.polygon_centre,
+            t.colours,
+            t.polygon_tile,
+            self._visited,
+            self._driven,
+            actions,
+            rewards,
+            terminated,
+            frames,
+            self._samples,
+            self.picture,
+        )
         return frames, rewards, terminated
 
     @property
