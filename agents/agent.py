@@ -65,14 +65,10 @@ class Agent:
         if self.senses is None or len(frames) != self.senses.num_envs:
             known = "reset() was not called" if self.senses is None else f"reset() announced {self.senses.num_envs}"
             raise UsageError(f"{len(frames)} frames, but {known}.")
-        return self.act_small(self.world.preprocess(np.asarray(frames)), rewards)
-
-    @torch.inference_mode()
-    def act_small(self, frames: np.ndarray, rewards: np.ndarray | None = None) -> np.ndarray:
-        """`act` for frames that are preprocessed already, uint8 [n, 64, 64, 3]."""
+        small = self.world.preprocess(np.asarray(frames))
         if rewards is not None:
             self.senses.reward = np.asarray(rewards, np.float32)
-        actions = self.controller.act_numpy(self.params, self.senses.see(frames))
+        actions = self.controller.act_numpy(self.params, self.senses.see(small))
         self.senses.remember(actions)
         return actions
 

@@ -51,11 +51,11 @@ class CarRacing:
     action_high = np.array([1.0, 1.0, 1.0], np.float32)
     max_steps = 1000
 
-    def batch(self, seeds: Sequence[int], env_seed: Sequence[int]) -> Batch:
-        """The fast twin: `seeds` are the K tracks, `env_seed` int [n] says which of them an environment drives."""
+    def batch(self, seeds: Sequence[int], track_of: np.ndarray) -> Batch:
+        """The fast twin: `seeds` are the K tracks, `track_of` int [n] says which of them an environment drives."""
         from .carracing.simulator import CarRacingBatch
 
-        return CarRacingBatch(seeds, env_seed)
+        return CarRacingBatch(seeds, track_of)
 
     def reference(self, render_mode: str | None = None):
         """Gymnasium's own environment, headless.

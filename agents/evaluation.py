@@ -135,6 +135,41 @@ def evaluate_reference(
     )
 
 
+def evaluate_dream(
+    run: Any, agent: Any, seeds: Sequence[int], *, stage: str = "best", tau: float = 1.0
+) -> dict[str, Any]:
+    """Score an agent's controller in the run's own dream: what it believes, not what it is worth. Arguments as above.
+
+    Dream i starts from, and is dreamed with, the random numbers of seed i; rewards are M's expectations.
+    """
+    from .agent import agent_from_tree
+    from .dream import make_dream
+    from .loading import dream_source
+
+    started = time.monotonic()
+    controller = agent_from_tree(agent)
+    size = run.config.controller.num_features
+    env = make_dream(dream_source(run), num_envs=len(seeds), obs="latent", tau=tau)
+    features, _ = env.reset(seed=[int(seed) for seed in seeds])
+    returns, running, steps = np.zeros(len(seeds)), np.ones(len(seeds), bool), 0
+    while running.any():
+        actions = controller.controller.act_numpy(controller.params, features[:, :size])
+        features, rewards, terminated, truncated, _ = env.step(actions)
+        returns += np.where(running, rewards, 0)
+        steps += int(running.sum())
+        running &= ~(terminated | truncated)
+    return score(
+        list(returns),
+        seeds,
+        env_id="oneira/Dream-v0",
+        env_version=f"tau {tau}",
+        preprocessing=make_world(run.config.world).preprocessing,
+        stage=stage,
+        wall_s=time.monotonic() - started,
+        env_steps=steps,
+    )
+
+
 def episodes_unit(shared: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
     """One unit of work: at most EPISODES_PER_UNIT episodes, with the agent of `shared`."""
     return drive(_agent(shared["key"], shared["agent"]), seeds, world=shared["world"])

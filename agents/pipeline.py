@@ -32,13 +32,13 @@ from .stages import collect, fit_memory, fit_vision, packed_model
 def train(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, Any]:
     """Run what is missing of a run. Returns its summary: scores and where the time went."""
     populations: dict[str, Population] = {}
-    shared, controllers = None, []
+    shared: Any = None
+    controllers: list[np.ndarray] = []
     for index in range(len(config.rounds)):
         shared, populations, controllers = _round(config, index, run, executor, shared, populations, controllers)
     scores = _final_scores(config, run, executor)
-    with _timed(run, "report", len(config.rounds)):
+    with _timed(run, "film", len(config.rounds)):
         _pictures(config, run)
-        config.report(run)
     return {**scores, "seconds": sum(line["seconds"] for line in run.metrics("stage"))}
 
 
@@ -84,7 +84,7 @@ def _timed(run: Run, stage: str, index: int) -> Iterator[None]:
     """Log how long a stage took, here and now (a resumed stage counts what this process spent on it)."""
     began = time.perf_counter()
     yield
-    order = ("collect", "vision", "memory", "evolve", "check", "score", "report")
+    order = ("collect", "vision", "memory", "evolve", "check", "score", "film")
     run.log(
         "stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began
     )
@@ -105,7 +105,7 @@ def _check(
         )
         dream = _measure(config, executor, shared, p, population.best_mean()[None], 64, "dream", ("check-end", index))
         correlation = _rank_correlation(config, index, run, executor, shared, p, population)
-        entry = {
+        entry: dict[str, Any] = {
             "real_mean": float(real.mean()), "real_std": float(real.std(ddof=1)), "dream_mean": float(dream.mean()),
             "memory": f"{index:02d}-memory", "round": index, "population": p.name,
         }  # fmt: skip
@@ -209,4 +209,5 @@ def _pictures(config: WorldModelConfig, run: Run) -> None:
     from .showing import film, reconstructions
 
     reconstructions(run)
-    film(run, run.media("real-and-dream.mp4"), world="both", seed=DEFAULT_SEED)
+    if config.film_steps:
+        film(run, run.media("real-and-dream.mp4"), world="both", seed=DEFAULT_SEED, steps=config.film_steps)

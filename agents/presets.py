@@ -9,6 +9,7 @@ carracing-paper        the sizes of "World Models" (Ha & Schmidhuber 2018), for 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from oneira.generative.training import TrainSettings
 from oneira.generative.vae import VAEConfig
@@ -20,7 +21,7 @@ from .settings import CollectConfig, PopulationConfig, RoundConfig, WorldModelCo
 
 
 def _real(
-    generations: int, *, popsize: int = 64, episodes: int = 3, sigma0: float = 0.1, **more: object
+    generations: int, *, popsize: int = 64, episodes: int = 3, sigma0: float = 0.1, **more: Any
 ) -> PopulationConfig:
     evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=sigma0, seed=1)
     return PopulationConfig(
@@ -29,7 +30,7 @@ def _real(
 
 
 def _dream(
-    generations: int, *, popsize: int = 64, sigma0: float = 0.1, tau: float = 1.0, **more: object
+    generations: int, *, popsize: int = 64, sigma0: float = 0.1, tau: float = 1.0, **more: Any
 ) -> PopulationConfig:
     evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=sigma0, seed=2)
     return PopulationConfig(

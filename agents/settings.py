@@ -133,6 +133,7 @@ class WorldModelConfig:
         window: steps of the sequences that M learns from. ensemble: memories in the dream. starts: moments in the data at which
             dreams may begin. checks: tracks on which the mean of each population is measured at the end of a round.
         check_episodes: tracks of the reference environment on which the run's best controllers are scored at its end.
+        film_steps: length of the report's film of the real world and the dream; 0 makes none.
     """
 
     world: str = "carracing"
@@ -145,10 +146,11 @@ class WorldModelConfig:
     starts: int = 2048
     checks: int = 32
     check_episodes: int = 16
+    film_steps: int = 500
     rounds: tuple[RoundConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, seed=0, ensemble=1, window=2, starts=1, checks=2, check_episodes=0)
+        _at_least(self, seed=0, ensemble=1, window=2, starts=1, checks=2, check_episodes=0, film_steps=0)
         if self.world not in WORLDS:
             raise ConfigError(f"unknown environment '{self.world}'. {did_you_mean(self.world, WORLDS)}")
         if not (self.vision.z == self.memory.z == self.controller.z):
@@ -169,6 +171,7 @@ class WorldModelConfig:
             starts=64,
             checks=4,
             check_episodes=min(self.check_episodes, 2),
+            film_steps=min(self.film_steps, 50),
             rounds=tuple(_smoke_round(r) for r in self.rounds[:2]),
         )
 
@@ -205,14 +208,17 @@ def _smoke_round(r: RoundConfig) -> RoundConfig:
         )
         for p in r.populations
     )
-    shrink = lambda t: (
-        None if t is None else replace(t, steps=min(t.steps, 20), batch_size=min(t.batch_size, 32), log_every=10)
-    )
     return replace(
         r,
         collect=collect,
-        vision=shrink(r.vision),
-        memory=shrink(r.memory),
+        vision=_smoke_training(r.vision),
+        memory=_smoke_training(r.memory),
         segments=min(r.segments, 2),
         populations=populations,
     )
+
+
+def _smoke_training(settings: TrainSettings | None) -> TrainSettings | None:
+    if settings is None:
+        return None
+    return replace(settings, steps=min(settings.steps, 20), batch_size=min(settings.batch_size, 32), log_every=10)

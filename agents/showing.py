@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +55,17 @@ def dream_frames(run: Run, seed: int, steps: int = 1000, tau: float = 1.0) -> It
             return
 
 
-def film(run: Run, path: Path, *, world: str = "both", seed: int = 0) -> int:
-    """Write an MP4 of an episode. Returns the number of frames.
+def film(run: Run, path: Path, *, world: str = "both", seed: int = 0, steps: int = 1000) -> int:
+    """Write an MP4 of an episode, at most `steps` long. Returns the number of frames.
 
     Raises:
         UsageError: an unknown world.
     """
     if world not in WORLDS:
         raise UsageError(f"unknown world '{world}'. {did_you_mean(world, WORLDS)}")
-    real = lambda: real_frames(load_agent(run), seed, world=run.config.world)  # noqa: E731
-    if world == "real":
-        return write_video(path, real())
-    if world == "dream":
-        return write_video(path, side_by_side([("dream", dream_frames(run, seed))]))
-    return write_video(path, side_by_side([("reality", real()), ("dream", dream_frames(run, seed))]))
+    panels = []
+    if world != "dream":
+        panels.append(("reality", islice(real_frames(load_agent(run), seed, world=run.config.world), steps)))
+    if world != "real":
+        panels.append(("dream", islice(dream_frames(run, seed), steps)))
+    return write_video(path, side_by_side(panels))

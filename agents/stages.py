@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from oneira.generative.training import fit
+from oneira.generative.training import TrainSettings, fit
 from oneira.generative.vae import VAE, fast_encoder
 from oneira.platform.executor import Executor
 from oneira.platform.runs import Run
@@ -146,7 +146,7 @@ def fit_memory(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:
         if kept:
             member.load_state_dict({k.removeprefix(f"{m}."): v for k, v in kept.items() if k.startswith(f"{m}.")})
         if settings is not None:
-            member = _fit_member(run, config, index, m, member, store, key)
+            member = _fit_member(run, settings, index, m, member, store, key)
         members.append(member.eval())
     tensors = {f"{m}.{k}": v for m, member in enumerate(members) for k, v in member.state_dict().items()}
     starts = gather_starts(store, key, members[0], config, index)
@@ -165,11 +165,10 @@ def new_memory(config: WorldModelConfig, member: int) -> MDNRNN:
 
 
 def _fit_member(
-    run: Run, config: WorldModelConfig, index: int, m: int, member: MDNRNN, store: RolloutStore, key: str
+    run: Run, settings: TrainSettings, index: int, m: int, member: MDNRNN, store: RolloutStore, key: str
 ) -> MDNRNN:
-    plan = config.rounds[index]
-    settings = plan.memory
-    member.lstm.requires_grad_(not plan.freeze_core)
+    config: WorldModelConfig = run.config
+    member.lstm.requires_grad_(not config.rounds[index].freeze_core)
     seed = seed_of(config.seed, "memory", index, m)
     batches = sequence_batches(store, key, length=config.window, batch_size=settings.batch_size, seed=seed)
     log = _logger(run, "memory", index, settings.steps, settings.batch_size * config.window, "transitions_per_s", m)
@@ -222,8 +221,8 @@ def gather_starts(
         z = mu + np.exp(0.5 * logvar) * rng.standard_normal(mu.shape, dtype=np.float32)
         actions = np.asarray(store.actions[e.first_step : e.first_step + e.length], np.float32)
         rewards = np.asarray(store.rewards[e.first_step : e.first_step + e.length], np.float32)
-        tensors = [torch.from_numpy(x)[None] for x in (z[:-1], actions, rewards)]
-        h, c = (x[0].numpy() for x in memory.observe(*tensors))
+        z_1, actions_1, rewards_1 = (torch.from_numpy(x)[None] for x in (z[:-1], actions, rewards))
+        h, c = (x[0].numpy() for x in memory.observe(z_1, actions_1, rewards_1))
         early = rng.random(each) < 0.25
         at = np.where(early, rng.integers(0, min(50, e.length), each), rng.integers(0, e.length, each))
         before = np.concatenate([[np.float32(0)], rewards])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from . import kernels
 from .controller import ControllerConfig
 from .dreaming import DreamModel, _Member
 from .memory import MDNRNN, MemoryConfig, pack_state_dict
+
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def digest(tree: Any) -> str:
     return sha.hexdigest()
 
 
-def load_into(module: torch.nn.Module, weights: Mapping[str, Any]) -> torch.nn.Module:
+def load_into(module: M, weights: Mapping[str, Any]) -> M:
     """Fill a module with copied weights and put it in eval mode."""
-    module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in weights.items()})
+    module.load_state_dict({name: torch.as_tensor(value).clone() for name, value in weights.items()})
     return module.eval()
 
 

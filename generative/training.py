@@ -4,7 +4,7 @@
 
 Batches are a pure function of the step, and the noise of step k comes from a generator seeded by (seed, k). So a step
 depends on nothing but weights, optimizer, EMA and its number: a run that was killed and goes on from its checkpoint
-ends with the same bytes as one that was not (same machine, same number of threads; on GPUs in torch's deterministic mode).
+ends with the same bytes as one that was not (same machine, same number of threads; GPUs in torch's deterministic mode).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 Two kinds with one loss. "paper" is the paper's: four convolutions in, four transposed ones out. "fast" is made for
 CPUs, whose matrix products run near their peak where their convolutions do not: it is linear layers over tokens only.
 Its encoder merges neighbours that already lie side by side in memory (16 pixels of a row, a row, 4 rows), so that no
-number is ever moved; its decoder splits tokens into 2x2 and at last into 4x4 pixels, and its loss cuts the target into patches
-rather than put the picture together.
+number is ever moved; its decoder splits tokens into 2x2 and at last into 4x4 pixels, and its loss cuts the target into
+patches rather than put the picture together.
 
 Legend: B batch, Z latent size, H W rows and columns, C channels, T tokens of a frame.
 Frames are uint8 [0, 255], [B, 64, 64, 3].

@@ -293,7 +293,6 @@ def _prepare_joints(car, r, mass, m, inertia, lx, ly):
             car.impulse[j, 2] = ZERO
         car.limit_state[j] = state
         px, py = car.impulse[j, 0], car.impulse[j, 1]
-        turn = car.motor_impulse[j] + car.impulse[j, 2]
         car.velocity[0, 0] -= m_a * px
         car.velocity[0, 1] -= m_a * py
         car.spin[0] -= i_a * (_cross(rax, ray, px, py) + car.motor_impulse[j] + car.impulse[j, 2])
@@ -345,7 +344,8 @@ def _position_sweep(car, m, inertia, lx, ly):
         car.centre[b, 0] += m_b * px
         car.centre[b, 1] += m_b * py
         car.angle[0], car.angle[b] = a_a, a_b
-        okay = okay and length <= LINEAR_SLOP and angular_error <= ANGULAR_SLOP
+        if length > LINEAR_SLOP or angular_error > ANGULAR_SLOP:
+            okay = False
     return okay
 
 

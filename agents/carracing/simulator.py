@@ -215,7 +215,7 @@ class CarRacingBatch:
         picture: False leaves the frames out (physics alone).
     """
 
-    def __init__(self, seeds: Sequence[int], track_of: Sequence[int], *, picture: bool = True) -> None:
+    def __init__(self, seeds: Sequence[int], track_of: Sequence[int] | np.ndarray, *, picture: bool = True) -> None:
         self.tracks: TrackSet = lay(seeds)
         self.track_of = np.asarray(track_of, np.int64)
         self.picture = picture
