@@ -77,7 +77,8 @@ def digest(tree: Any) -> str:
 
 def load_into(module: M, weights: Mapping[str, Any]) -> M:
     """Fill a module with copied weights and put it in eval mode."""
-    module.load_state_dict({name: torch.as_tensor(value).clone() for name, value in weights.items()})
+    tensors = {name: torch.tensor(v) if isinstance(v, np.ndarray) else v.clone() for name, v in weights.items()}
+    module.load_state_dict(tensors)
     return module.eval()
 
 
