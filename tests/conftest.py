@@ -1,6 +1,11 @@
-"""Shared by all tests: they leave the user's own Oneira alone."""
+"""Shared by all tests: they leave the user's own Oneira alone; and one tiny whole run for those that want one."""
 
 from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -12,3 +17,38 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("ONEIRA_HOME", str(tmp_path_factory.mktemp("oneira-home")))
         patch.setenv("MPLBACKEND", "agg")
         yield
+
+
+TINY = ["check_episodes=0", "film_steps=0", "checks=2", "starts=16", "window=16"]
+
+
+def command(folder, *more):
+    settings = [part for text in TINY for part in ("--set", text)]
+    start = ["train", "carracing-quick", "--smoke", "--executor", "serial", "--run", str(folder), *settings]
+    return [sys.executable, "-m", "oneira.platform.cli", *(more or start)]
+
+
+def weights(folder):
+    """sha256 of every tensor file of a run's checkpoints."""
+    files = sorted((folder / "checkpoints").glob("*/tensors.safetensors"))
+    return {f.parent.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(name="command")
+def command_fixture():
+    """command(folder) trains the tiny run there; command(folder, "evaluate", ...) is any other command line."""
+    return command
+
+
+@pytest.fixture(name="weights")
+def weights_fixture():
+    return weights
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    started = time.monotonic()
+    done = subprocess.run(command(folder), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return folder, time.monotonic() - started

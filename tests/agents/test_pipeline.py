@@ -1,12 +1,10 @@
 """A whole run, tiny: every stage works, a killed run continues to the same bytes, and what a run gives to others works."""
 
-import hashlib
 import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import gymnasium
@@ -19,45 +17,24 @@ from oneira.platform.errors import ConfigError, DataError, UsageError
 from oneira.platform.presets import load_preset
 from oneira.platform.runs import Run
 
-TINY = ["check_episodes=0", "film_steps=0", "checks=2", "starts=16", "window=16"]
 
-
-def command(folder, *more):
-    settings = [part for text in TINY for part in ("--set", text)]
-    start = ["train", "carracing-quick", "--smoke", "--executor", "serial", "--run", str(folder), *settings]
-    return [sys.executable, "-m", "oneira.platform.cli", *(more or start)]
-
-
-def weights(folder):
-    """sha256 of every tensor file of a run's checkpoints."""
-    files = sorted((folder / "checkpoints").glob("*/tensors.safetensors"))
-    return {f.parent.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    started = time.monotonic()
-    done = subprocess.run(command(folder), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return folder, time.monotonic() - started
-
-
-def kill_and_resume(folder, after):
+def kill_and_resume(command, folder, after):
     process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
     process.wait()
     if not (folder / "config.json").exists():  # killed before there was a run
         return subprocess.run(command(folder), capture_output=True, text=True, timeout=280)
-    return subprocess.run(command(folder, "resume", str(folder), "--executor", "serial"), capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        command(folder, "resume", str(folder), "--executor", "serial"), capture_output=True, text=True, timeout=280
+    )
 
 
 @pytest.mark.parametrize("trial", range(2))
-def test_a_killed_run_continues_to_the_same_bytes(undisturbed, tmp_path, trial):
+def test_a_killed_run_continues_to_the_same_bytes(undisturbed, command, weights, tmp_path, trial):
     whole, seconds = undisturbed
     after = seconds * random.Random(f"{os.getpid()} {trial}").uniform(0.3, 0.95)
-    done = kill_and_resume(tmp_path / "run", after)
+    done = kill_and_resume(command, tmp_path / "run", after)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "run") == weights(whole), f"killed after {after:.1f} s of {seconds:.1f} s"
 
@@ -65,8 +42,8 @@ def test_a_killed_run_continues_to_the_same_bytes(undisturbed, tmp_path, trial):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("trial", range(10))
-def test_a_killed_run_continues_to_the_same_bytes_ten_times(undisturbed, tmp_path, trial):
-    test_a_killed_run_continues_to_the_same_bytes(undisturbed, tmp_path, 100 + trial)
+def test_a_killed_run_continues_to_the_same_bytes_ten_times(undisturbed, command, weights, tmp_path, trial):
+    test_a_killed_run_continues_to_the_same_bytes(undisturbed, command, weights, tmp_path, 100 + trial)
 
 
 def test_every_stage_left_its_result(undisturbed):
@@ -109,14 +86,28 @@ def test_the_run_is_a_gymnasium_environment(undisturbed):
     assert frames.shape == (3, 64, 64, 3) and frames.dtype == np.uint8
 
 
-def test_evaluate_in_the_dream_gives_the_promised_json(undisturbed):
+def test_evaluate_in_the_dream_gives_the_promised_json(undisturbed, command):
     arguments = ["evaluate", str(undisturbed[0]), "--world", "dream", "--episodes", "3", "--seed", "5", "--json"]
     done = subprocess.run(command(None, *arguments), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     score = json.loads(done.stdout)
-    wanted = {"mean", "std", "ci95", "episodes", "returns", "seeds", "env_id", "env_version", "stage", "wall_s", "env_steps"}
+    wanted = {
+        "mean",
+        "std",
+        "ci95",
+        "episodes",
+        "returns",
+        "seeds",
+        "env_id",
+        "env_version",
+        "stage",
+        "wall_s",
+        "env_steps",
+    }
     assert wanted <= set(score) and score["seeds"] == [5, 6, 7] and len(score["returns"]) == 3
-    assert score["mean"] == pytest.approx(np.mean(score["returns"])) and score["std"] == pytest.approx(np.std(score["returns"], ddof=1))
+    assert score["mean"] == pytest.approx(np.mean(score["returns"])) and score["std"] == pytest.approx(
+        np.std(score["returns"], ddof=1)
+    )
 
 
 def test_a_run_without_controllers_says_so(tmp_path):
