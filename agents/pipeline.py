@@ -21,12 +21,15 @@ from oneira.platform.checkpoints import Checkpoint
 from oneira.platform.executor import Executor
 from oneira.platform.runs import Run
 
+from .environments import make_world
 from .evaluation import DEFAULT_SEED, evaluate_reference, rank_correlation, reported_seeds
 from .evolution import Population
 from .evolving import evolve, seed_of, track_seeds
 from .fitness import dream_unit, real_unit
 from .settings import PopulationConfig, WorldModelConfig
 from .stages import collect, fit_memory, fit_vision, packed_model
+
+DREAM_STEPS = 200  # of the dreams in which a population from the real world is looked at
 
 
 def train(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, Any]:
@@ -98,22 +101,20 @@ def _check(
 ) -> None:
     """Measure every population's mean in the real world's twin and in the dream; keep the best of each world."""
     best = _carry_over(run, index)
+    dreams = any(plan.memory is not None for plan in config.rounds[: index + 1])  # an M as drawn dreams of nothing
     for p in config.rounds[index].populations:
         population = populations[p.name]
         real = _measure(
             config, executor, shared, p, population.best_mean()[None], config.checks, "real", ("check-end", index)
         )
-        dream = _measure(config, executor, shared, p, population.best_mean()[None], 64, "dream", ("check-end", index))
-        correlation = _rank_correlation(config, index, run, executor, shared, p, population)
         entry: dict[str, Any] = {
-            "real_mean": float(real.mean()), "real_std": float(real.std(ddof=1)), "dream_mean": float(dream.mean()),
+            "real_mean": float(real.mean()), "real_std": float(real.std(ddof=1)),
             "memory": f"{index:02d}-memory", "round": index, "population": p.name,
         }  # fmt: skip
-        run.log(
-            "check", index * 100 + config.rounds[index].populations.index(p), round=index, population=p.name, world=p.world,
-            real_mean=entry["real_mean"], real_std=entry["real_std"], dream_mean=entry["dream_mean"],
-            rank_correlation=correlation, alarm=int(alarm(correlation)),
-        )  # fmt: skip
+        dream = _dream_check(config, index, run, executor, shared, p, population, entry["real_mean"]) if dreams else {}
+        place = index * 100 + config.rounds[index].populations.index(p)
+        scores = {"real_mean": entry["real_mean"], "real_std": entry["real_std"], **dream}
+        run.log("check", place, round=index, population=p.name, world=p.world, **scores)
         if p.world not in best or entry["real_mean"] > best[p.world][0]["real_mean"]:
             best[p.world] = (entry, population.best_mean())
     name = f"{index:02d}-check"
@@ -121,9 +122,26 @@ def _check(
     run.checkpoints.save(name, tensors, {"checks": {world: entry for world, (entry, _) in best.items()}})
 
 
-def alarm(correlation: float) -> bool:
-    """The dream-exploit alarm: the order in which the dream puts candidates says nothing, or worse, about their order in reality."""
-    return bool(correlation <= 0.0)
+def _dream_check(
+    config: WorldModelConfig, index: int, run: Run, executor: Executor, shared: Any, p: PopulationConfig, population: Population,
+    real_mean: float,
+) -> dict[str, float]:  # fmt: skip
+    """What the dream thinks of a population's mean, and whether to believe it."""
+    horizon = p.horizon if p.world == "dream" else DREAM_STEPS
+    place = ("check-end", index)
+    dream = float(_measure(config, executor, shared, p, population.best_mean()[None], 64, "dream", place).mean())
+    correlation = _rank_correlation(config, index, run, executor, shared, p, population)
+    rings = alarm(correlation, dream / horizon, real_mean / make_world(config.world).max_steps)
+    return {"dream_mean": dream, "rank_correlation": correlation, "alarm": int(rings)}
+
+
+def alarm(correlation: float, dream_per_step: float, real_per_step: float) -> bool:
+    """The dream-exploit alarm.
+
+    It rings when the order in which the dream puts candidates says nothing about their order in reality (rank correlation at most 0),
+    or when the dream promises more than half again what reality pays for a step, and 0.3 beyond.
+    """
+    return correlation <= 0 or dream_per_step > 0.3 + 1.5 * max(real_per_step, 0)
 
 
 def _carry_over(run: Run, index: int) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
@@ -146,7 +164,7 @@ def _measure(
         units = [{**common, "seeds": part} for part in (seeds[:half], seeds[half:]) if part]
         answers = executor.map(real_unit, shared, units)
         return np.concatenate([a["returns"] for a in answers], 1)
-    horizon = p.horizon if p.world == "dream" else 200
+    horizon = p.horizon if p.world == "dream" else DREAM_STEPS
     unit = {
         "params": np.asarray(params, np.float32), "seed": seed_of(config.seed, *place), "rollouts": episodes, "horizon": horizon,
         "tau": p.tau,

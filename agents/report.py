@@ -64,7 +64,8 @@ def build_report(run: Run) -> Path:
 
 def _scores(page: Report, run: Run, clock: Callable[[Line], float]) -> None:
     scores = [_read_score(path) for path in sorted((run.path / "evaluations").glob("*.json"))]
-    lines, checks = run.metrics(), run.metrics("check")
+    lines = run.metrics()
+    checks = [line for line in run.metrics("check") if "dream_mean" in line]
     tiles: dict[str, Any] = {}
     page.section("Scores", "Full episodes of Gymnasium's own environment, on tracks that were not used in training.")
     if scores:
@@ -194,16 +195,19 @@ def _reality(page: Report, run: Run) -> None:
         "Does the dream tell the truth?",
         "At a round's end every population is measured in both worlds. The rank correlation says whether the dream "
         "puts candidates in the order in which reality puts them: 1 is the same order, 0 says nothing. The alarm rings "
-        "where it says nothing or worse: then controllers are exploiting the dream instead of learning to drive.",
+        "where it says nothing or worse, or where the dream promises far more than reality pays: then controllers are "
+        "exploiting the dream instead of learning to drive.",
     )
-    _correlations(page, checks, run.metrics("candidate"))
+    if any("dream_mean" in line for line in checks):
+        _correlations(page, [line for line in checks if "dream_mean" in line], run.metrics("candidate"))
     page.table(
         ["round", "population", "bred in", "real mean", "real std", "dream mean", "rank correlation", "alarm"],
         [
             [
                 line["round"] + 1, line["population"], line["world"],
-                line["real_mean"], line["real_std"], line["dream_mean"],
-                round(float(line["rank_correlation"]), 2), "⚠ exploits the dream" if line["alarm"] else "",
+                line["real_mean"], line["real_std"], line.get("dream_mean", "no dream yet"),
+                round(float(line["rank_correlation"]), 2) if "dream_mean" in line else "",
+                "⚠ exploits the dream" if line.get("alarm") else "",
             ]
             for line in sorted(checks, key=lambda line: (line["round"], line["population"]))
         ],

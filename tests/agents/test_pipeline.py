@@ -79,7 +79,7 @@ def test_the_run_is_a_gymnasium_environment(undisturbed):
     env = gymnasium.make("oneira.agents:oneira/Dream-v0", run=str(undisturbed[0]))
     seen, _ = env.reset(seed=0)
     assert env.observation_space.contains(seen)
-    seen, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+    seen, reward, *_ = env.step(env.action_space.sample())
     assert env.observation_space.contains(seen) and np.isfinite(reward)
     vector = make_dream(str(undisturbed[0]), num_envs=3, obs="pixels", seed=4)
     frames, _ = vector.reset()
@@ -137,5 +137,6 @@ def test_impossible_settings_are_named():
         override(config, {"memory.z": "16"})
 
 
-def test_the_alarm_rings_when_the_dream_orders_candidates_wrongly():
-    assert alarm(-0.4) and alarm(0.0) and not alarm(0.3)
+def test_the_alarm_rings_when_the_dream_orders_candidates_wrongly_or_promises_too_much():
+    assert alarm(-0.4, 0.9, 0.9) and alarm(0.0, 0.9, 0.9) and not alarm(0.3, 0.9, 0.9)
+    assert alarm(0.5, 0.8, -0.06) and not alarm(0.5, 0.2, -0.06)
