@@ -89,13 +89,19 @@ def unpack(tree: Mapping[str, Any]) -> WorldModel:
     """The modules of a tree; the last two keys are kept built."""
     key = tree["key"]
     if key not in _KEPT:
-        vision = load_into(VAE(from_dict(VAEConfig, tree["vision"]["config"])), tree["vision"]["weights"])
-        config = from_dict(MemoryConfig, tree["memory"]["config"])
-        members = tuple(load_into(MDNRNN(config), weights) for weights in tree["memory"]["members"])
+        with torch.inference_mode(False):  # whoever asks first, the weights must serve gradients too
+            model = _build(tree)
         while len(_KEPT) >= 2:
             _KEPT.pop(next(iter(_KEPT)))
-        _KEPT[key] = WorldModel(key, tree["world"], vision, members, from_dict(ControllerConfig, tree["controller"]))
+        _KEPT[key] = model
     return _KEPT[key]
+
+
+def _build(tree: Mapping[str, Any]) -> WorldModel:
+    vision = load_into(VAE(from_dict(VAEConfig, tree["vision"]["config"])), tree["vision"]["weights"])
+    config = from_dict(MemoryConfig, tree["memory"]["config"])
+    members = tuple(load_into(MDNRNN(config), weights) for weights in tree["memory"]["members"])
+    return WorldModel(tree["key"], tree["world"], vision, members, from_dict(ControllerConfig, tree["controller"]))
 
 
 class Senses:

@@ -271,7 +271,8 @@ def fast_encoder(model: VAE) -> Encoder:
     A snapshot: later changes of the weights do not reach it. It keeps buffers between calls: each thread needs its own.
     Works in bf16 where the device has units for it; takes NumPy arrays, read-only ones too, and tensors.
     """
-    run = model.encoder.pack(pick_precision("auto", next(model.parameters()).device))
+    with torch.inference_mode(False):  # its buffers are written in later calls, whatever the mode of those
+        run = model.encoder.pack(pick_precision("auto", next(model.parameters()).device))
     z = model.config.z
 
     def encode(frames: Frames) -> tuple[Tensor, Tensor]:
