@@ -228,6 +228,9 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
         if name not in names:
             raise ConfigError(f"Unknown key '{_join(path, name)}'. {did_you_mean(name, names)}")
         current = getattr(config, name)
+        if rest and isinstance(current, tuple) and current and all(map(dataclasses.is_dataclass, current)):
+            groups.setdefault(name, {})[rest] = value
+            continue
         if rest and not dataclasses.is_dataclass(current):
             raise ConfigError(
                 f"'{_join(path, name)}' is not a group of settings, so '{_join(path, key)}' does not exist."
@@ -241,8 +244,27 @@ def _override(config: Any, changes: Mapping[str, Any], path: str) -> Any:
             read = _from_text(hints[name], value, where) if isinstance(value, str) else value
             values[name] = _convert(hints[name], read, where)
     for name, inner in groups.items():
-        values[name] = _override(values.get(name, getattr(config, name)), inner, _join(path, name))
+        current, where = values.get(name, getattr(config, name)), _join(path, name)
+        change = _override_members if isinstance(current, tuple) else _override
+        values[name] = change(current, inner, where)
     return _made(lambda: dataclasses.replace(config, **values), path)
+
+
+def _override_members(members: tuple[Any, ...], changes: Mapping[str, Any], path: str) -> tuple[Any, ...]:
+    """Changes of a tuple of groups, by their place: {"0.key": value}."""
+    groups: dict[str, dict[str, Any]] = {}
+    places = [str(i) for i in range(len(members))]
+    for key, value in changes.items():
+        place, _, rest = key.partition(".")
+        if place not in places or not rest:
+            raise ConfigError(
+                f"'{_join(path, key)}' does not exist: '{path}' holds {len(members)} groups, 0 to {places[-1]}."
+            )
+        groups.setdefault(place, {})[rest] = value
+    return tuple(
+        _override(member, groups[place], _join(path, place)) if place in groups else member
+        for place, member in zip(places, members, strict=True)
+    )
 
 
 def flatten(mapping: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One Ray for the whole session, started only if a test asks for it, under a home of its own."""
+"""One Ray for all tests, started only if a test asks for it, under a home of its own."""
 
 import os
 

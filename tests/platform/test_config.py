@@ -141,3 +141,13 @@ def test_keys_of_one_group_are_validated_together() -> None:
     assert override(Span(), {"low": "20", "high": "30"}) == Span(low=20, high=30)
     with pytest.raises(ConfigError, match="low is above high"):
         override(Span(), {"low": "20"})
+
+
+def test_groups_in_a_tuple_are_reached_by_their_place():
+    config = Outer(rounds=(Inner(), Inner(steps=20)))
+    changed = override(config, {"rounds.1.steps": "30", "rounds.1.kind": "separable", "rounds.0.rate": "2"})
+    assert changed.rounds == (Inner(rate=2.0), Inner(steps=30, kind="separable"))
+    with pytest.raises(ConfigError, match="holds 2 groups, 0 to 1"):
+        override(config, {"rounds.2.steps": "1"})
+    with pytest.raises(ConfigError, match="Did you mean 'steps'"):
+        override(config, {"rounds.0.step": "1"})
