@@ -131,7 +131,7 @@ class Controller:
 
     def act_numpy(self, params: np.ndarray, features: np.ndarray) -> np.ndarray:
         """One controller on R rows, for notebooks: params [P], features [R, F] -> float32 [R, A] or int64 [R]."""
-        params_1P = torch.from_numpy(np.ascontiguousarray(params, dtype=np.float32))[None]
+        params_1P = torch.tensor(np.asarray(params, dtype=np.float32))[None]  # a copy: shared arrays are read-only
         features_1RF = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32))[None]
         return self.act(params_1P, features_1RF)[0].numpy()
 
