@@ -2,11 +2,13 @@
 
 `connect()` looks in this order: the address it is given, `RAY_ADDRESS`, the user's running local cluster as recorded
 under `$ONEIRA_HOME` (default `~/.oneira`), and else starts a local one. A local cluster listens on loopback only, asks
-every client for a token that only this user can read, logs to files, and ends with the process that started it.
+every client for a token that only this user can read, logs to files, and ends with the process that started it, which
+stays until the commands that joined are done.
 
     $ONEIRA_HOME/cluster/local.json    the running local cluster: address, host, pid and start time of its owner
     $ONEIRA_HOME/cluster/token         its secret (mode 0600), unless RAY_AUTH_MODE or RAY_AUTH_TOKEN* are set
     $ONEIRA_HOME/cluster/lock          held while one process looks for the cluster or starts it
+    $ONEIRA_HOME/cluster/users         locked by every process that joined the local cluster, for as long as it lives
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from oneira.platform.devices import num_cores
 from oneira.platform.errors import ClusterError
@@ -47,6 +50,7 @@ class Cluster:
 
 
 _current: Cluster | None = None
+_in_use: IO[str] | None = None
 
 
 def connect(address: str | None = None, *, start: bool = True) -> Cluster | None:
@@ -77,6 +81,7 @@ def connect(address: str | None = None, *, start: bool = True) -> Cluster | None
         record = _running()
         if record is not None:
             _current = _join(record["address"], local=True)
+            _use()
         elif start:
             _current = _start()
         else:
@@ -90,7 +95,7 @@ def disconnect() -> None:
     import ray
 
     if _current is not None and _current.started:
-        _forget()
+        _hand_over()
     _current = None
     ray.shutdown()
 
@@ -121,7 +126,7 @@ def _start() -> Cluster:
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
     record = {"address": cluster.address, "session": str(cluster.session), **owner}
     _write_atomically(_folder() / "local.json", json.dumps(record))
-    atexit.register(_forget)
+    atexit.register(_hand_over)  # before Ray's own, which was registered when Ray was imported
     return cluster
 
 
@@ -264,14 +269,40 @@ def _running() -> dict[str, Any] | None:
     return record if same and _silence(record["address"], ANSWER_SECONDS) is None else None
 
 
-def _forget() -> None:
-    """Remove the record if it is this process's."""
+def _use() -> None:
+    """Tell the cluster's owner, until this process ends, that somebody works here."""
+    global _in_use
+    _in_use = open(_folder() / "users", "w")  # noqa: SIM115  (held for as long as the process lives)
+    fcntl.flock(_in_use, fcntl.LOCK_SH)
+
+
+def _hand_over() -> None:
+    """Take the record away, so that nobody else joins, and stay until those who joined are done: the cluster ends with its owner."""
+    if not _forget():
+        return
+    with open(_folder() / "users", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(
+                "oneira: other commands still use the Ray cluster of this one; it ends with them (Ctrl-C: now).",
+                file=sys.stderr,
+            )
+            with suppress(KeyboardInterrupt):
+                fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _forget() -> bool:
+    """Remove the record if it is this process's. Waits for whoever is joining just now."""
     path = _folder() / "local.json"
     try:
-        if json.loads(path.read_text())["pid"] == os.getpid():
+        with _lock():
+            if json.loads(path.read_text())["pid"] != os.getpid():
+                return False
             path.unlink()
+        return True
     except (OSError, ValueError, KeyError):
-        pass
+        return False
 
 
 @contextmanager

@@ -94,3 +94,40 @@ def test_one_process_cannot_use_two_clusters(ray_cluster):
     assert connect() is ray_cluster
     with pytest.raises(ClusterError, match="already connected"):
         connect("127.0.0.1:1234")
+
+
+GUEST = """
+import time
+from oneira.cluster import connect
+from oneira.cluster.executor import RayExecutor
+def double(shared, unit):
+    return 2 * unit
+cluster = connect()
+with RayExecutor() as executor:
+    print(cluster.started, flush=True)
+    time.sleep(4)
+    print(executor.submit(double, None, 21).result(), flush=True)
+"""
+HOST = """
+import sys
+from oneira.cluster import connect
+print(connect().started, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_cluster_stays_until_those_who_joined_are_done(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["ONEIRA_HOME"] = str(tmp_path)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    host = subprocess.Popen([sys.executable, "-c", HOST], env=environment, **pipes)
+    assert host.stdout.readline() == "True\n"
+    guest = subprocess.Popen([sys.executable, "-c", GUEST], env=environment, **pipes)
+    assert guest.stdout.readline() == "False\n"
+    host.stdin.write("\n")  # the host's own work is done
+    host.stdin.close()
+    answer, problems = guest.communicate(timeout=100)
+    assert (answer, guest.returncode) == ("42\n", 0), problems
+    assert host.wait(timeout=60) == 0
+    assert "other commands still use" in host.stderr.read()
+    assert not (tmp_path / "cluster" / "local.json").exists()
