@@ -29,17 +29,14 @@ def _real(
     )
 
 
-def _dream(
-    generations: int, *, popsize: int = 64, sigma0: float = 0.1, tau: float = 1.0, **more: Any
-) -> PopulationConfig:
-    evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=sigma0, seed=2)
+def _dream(generations: int, *, popsize: int = 64, horizon: int = 150, **more: Any) -> PopulationConfig:
+    evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=0.1, seed=2)
     return PopulationConfig(
         name="dream",
         world="dream",
         generations=generations,
         episodes=16,
-        horizon=150,
-        tau=tau,
+        horizon=horizon,
         evolution=evolution,
         **more,
     )
@@ -97,20 +94,25 @@ def carracing_hour() -> WorldModelConfig:
 
 
 def carracing_hour_dream() -> WorldModelConfig:
-    """Dreams alone: no update of the controllers sees a real return. Each round drives with what the last dream taught, and learns."""
+    """Dreams alone: no update of the controllers sees a real return. Each round drives as the last dream taught, and M learns why it fails."""
     first = RoundConfig(
-        collect=CollectConfig(wandering=192, max_steps=500, stuck=150),
+        collect=CollectConfig(wandering=256, max_steps=500, stuck=150),
         vision=_learn(3000),
-        memory=_learn(600, batch=64, lr=2e-3),
+        memory=_learn(2000, batch=64, lr=2e-3),
         populations=(_dream(40),),
     )
-    later = RoundConfig(
-        collect=CollectConfig(noisy=96, wandering=16, max_steps=700, stuck=100),
-        vision=_learn(800, lr=1e-3),
-        memory=_learn(600, batch=64, lr=1e-3),
-        populations=(_dream(60),),
+    second = RoundConfig(
+        collect=CollectConfig(noisy=128, max_steps=600, stuck=120),
+        vision=_learn(1500, lr=2e-3),
+        memory=_learn(2000, batch=64, lr=2e-3),
+        populations=(_dream(40, horizon=250),),
     )
-    return WorldModelConfig(vision=_VISION, memory=_MEMORY, rounds=(first, *(later for _ in range(9))))
+    later = RoundConfig(
+        collect=CollectConfig(noisy=96, max_steps=600, stuck=120),
+        memory=_learn(400, batch=96, lr=6e-4),
+        populations=(_dream(30, horizon=250),),
+    )
+    return WorldModelConfig(vision=_VISION, memory=_MEMORY, rounds=(first, second, *(later for _ in range(14))))
 
 
 def carracing_paper() -> WorldModelConfig:

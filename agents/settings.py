@@ -103,7 +103,6 @@ class RoundConfig:
         vision, memory: None keeps the V or M of the round before (M of the first round then stays as it was drawn: an echo state
             network, whose h is still a memory of the last second).
         recent: rounds of data that V and M learn from, the latest ones; 0 is all.
-        freeze_core: train M's heads alone, so that h keeps its meaning for the controllers.
         restart: begin every population anew; else those of the last round go on.
         segments: parts into which the generations are cut; at the end of each, populations send their means to one another.
     """
@@ -112,7 +111,6 @@ class RoundConfig:
     vision: TrainSettings | None = None
     memory: TrainSettings | None = None
     recent: int = 0
-    freeze_core: bool = False
     restart: bool = False
     segments: int = 1
     populations: tuple[PopulationConfig, ...] = ()

@@ -8,7 +8,6 @@ Shapes: T steps of an episode, Z latent, H hidden, P parameters.
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import numpy as np
@@ -168,7 +167,6 @@ def _fit_member(
     run: Run, settings: TrainSettings, index: int, m: int, member: MDNRNN, store: RolloutStore, key: str
 ) -> MDNRNN:
     config: WorldModelConfig = run.config
-    member.lstm.requires_grad_(not config.rounds[index].freeze_core)
     seed = seed_of(config.seed, "memory", index, m)
     batches = sequence_batches(store, key, length=config.window, batch_size=settings.batch_size, seed=seed)
     log = _logger(run, "memory", index, settings.steps, settings.batch_size * config.window, "transitions_per_s", m)
@@ -244,8 +242,3 @@ def packed_model(run: Run, config: WorldModelConfig, memory: str) -> dict[str, A
     tree = pack(config.world, vision, members, config.controller)
     tree["starts"] = {k.removeprefix("starts."): v.numpy() for k, v in kept.tensors.items() if k.startswith("starts.")}
     return tree
-
-
-def drop_data(run: Run) -> None:
-    """Free the disk of a finished run's frames; reports and checkpoints stay."""
-    shutil.rmtree(run.data("rollouts"), ignore_errors=True)
