@@ -32,7 +32,7 @@ KINDS = ("full", "separable")
 
 @dataclass(frozen=True, kw_only=True)
 class EvolutionConfig:
-    """Settings of one population. The defaults were the best of those measured on noisy problems with 867 parameters.
+    """Settings of one population. The defaults did well on noisy toy problems with 867 parameters (docs/LOG.md).
 
     Args:
         kind: "full" learns a covariance matrix; "separable" one variance for each parameter, about P/3 times faster and
