@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from oneira.platform.checkpoints import sync_folder
 from oneira.platform.errors import DataError
 
 PAGE_BUDGET = 128 * 2**20  # bytes of mapped pages after which they are handed back
@@ -122,15 +123,6 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
         buffer, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     )
     return buffer.getvalue()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_parts(folder: Path) -> None:
