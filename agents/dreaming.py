@@ -26,6 +26,7 @@ from .memory import MDNRNN, MemoryConfig, pack_state_dict
 Array = np.ndarray
 Policy = Callable[[Tensor], "Tensor | Array"]
 TERMINATION = ("sampled", "threshold", "never")
+PROGRESS = 1.0  # reward by which a dream's return must rise for its row to count as getting on (`rollout`'s `stuck`)
 
 
 class Noise(NamedTuple):
@@ -153,6 +154,7 @@ class DreamModel:
         *,
         candidates: int = 1,
         termination: Literal["sampled", "threshold", "never"] = "sampled",
+        stuck: int = 0,
     ) -> Dreams:
         """Dream R rollouts for each of K candidates and add up their rewards.
 
@@ -163,6 +165,8 @@ class DreamModel:
             horizon: steps. tau: temperature. seed: of all chance.
             termination: a row ends with the done probability ("sampled"), when that is above 1/2 ("threshold"), or
                 "never". The step that ends it still pays; later ones do not.
+            stuck: a row also ends when its return has not risen by `PROGRESS` within that many steps (0: never). M has seen little of what
+                comes after a crash, and what it then makes up must not pay.
         """
         if termination not in TERMINATION:
             raise UsageError(f"termination {termination!r} is unknown. {did_you_mean(termination, TERMINATION)}")
@@ -177,6 +181,10 @@ class DreamModel:
         keys, noise = kernels.row_keys(seed, rollouts), Noise.empty(rollouts, size_z)
         shares = self._shares(rollouts)
         returns, lengths, alive = np.zeros(rows, np.float32), np.zeros(rows, np.int64), np.ones(rows, bool)
+        mark, marked = (
+            np.zeros(rows, np.float32),
+            np.zeros(rows, np.int64),
+        )  # the return at the last progress, and its step
         for t in range(horizon):
             kernels.draw_noise(keys, np.full(rollouts, t), *noise)
             action = torch.as_tensor(policy(features)).transpose(0, 1).reshape(rows, -1)
@@ -190,8 +198,12 @@ class DreamModel:
             if termination != "never":
                 bound = np.repeat(noise.done, candidates) if termination == "sampled" else 0.5
                 alive &= work.done <= bound
-                if not alive.any():
-                    break
+            if stuck:
+                rose = returns >= mark + PROGRESS
+                mark, marked = np.where(rose, returns, mark), np.where(rose, t, marked)
+                alive &= t - marked < stuck
+            if not alive.any():
+                break
         shape = (rollouts, candidates)
         return Dreams(*(np.ascontiguousarray(x.reshape(shape).T) for x in (returns, lengths)))
 

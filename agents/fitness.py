@@ -80,7 +80,7 @@ def dream_unit(shared: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         shared: a packed world model with "starts": z, h, c, reward_prev of moments in the data.
-        unit: params float32 [K, P], seed, rollouts S, horizon, tau.
+        unit: params float32 [K, P], seed, rollouts S, horizon, tau, stuck (see `DreamModel.rollout`).
 
     Returns:
         returns float64 [K, S], env_steps int.
@@ -97,6 +97,6 @@ def dream_unit(shared: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
         return controller.act(params, features_KRF)
 
     dreams = dream_model(model).rollout(
-        starts, policy, unit["horizon"], unit["tau"], unit["seed"], candidates=len(params)
+        starts, policy, unit["horizon"], unit["tau"], unit["seed"], candidates=len(params), stuck=unit["stuck"]
     )
     return {"returns": dreams.returns.astype(np.float64), "env_steps": int(dreams.lengths.sum())}

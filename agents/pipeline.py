@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from oneira.platform.checkpoints import Checkpoint
+from oneira.platform.devices import num_cores
 from oneira.platform.executor import Executor
 from oneira.platform.runs import Run
 
@@ -40,7 +41,7 @@ def train(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, A
     for index in range(len(config.rounds)):
         shared, populations, controllers = _round(config, index, run, executor, shared, populations, controllers)
     scores = _final_scores(config, run, executor)
-    with _timed(run, "film", len(config.rounds)):
+    with _timed(run, executor, "film", len(config.rounds)):
         _pictures(config, run)
     return {**scores, "seconds": sum(line["seconds"] for line in run.metrics("stage"))}
 
@@ -52,15 +53,15 @@ def _round(
     plan, kept = config.rounds[index], run.checkpoints
     vision, memory, check = (f"{index:02d}-{stage}" for stage in ("vision", "memory", "check"))
     if not kept.exists(memory):
-        with _timed(run, "collect", index):
+        with _timed(run, executor, "collect", index):
             collect(config, index, run, executor, shared, controllers)
         if plan.vision is not None and not kept.exists(vision):
-            with _timed(run, "vision", index):
+            with _timed(run, executor, "vision", index):
                 precursor = _last(run, "vision", index)
                 executor.submit(
                     fit_vision, None, {"run": str(run.path), "round": index, "precursor": precursor}, threads=0
                 ).result()
-        with _timed(run, "memory", index):
+        with _timed(run, executor, "memory", index):
             unit = {
                 "run": str(run.path), "round": index, "vision": _last(run, "vision", index + 1),
                 "precursor": "" if plan.restart else _last(run, "memory", index),
@@ -68,10 +69,10 @@ def _round(
             executor.submit(fit_memory, None, unit, threads=0).result()
     tree = packed_model(run, config, memory)
     shared = executor.share(tree)
-    with _timed(run, "evolve", index):
+    with _timed(run, executor, "evolve", index):
         populations = evolve(config, index, run, executor, shared, populations)
     if not kept.exists(check):
-        with _timed(run, "check", index):
+        with _timed(run, executor, "check", index):
             _check(config, index, run, executor, shared, populations)
     return shared, populations, [p.best_mean() for p in populations.values()] or controllers
 
@@ -83,14 +84,15 @@ def _last(run: Run, stage: str, before: int) -> str:
 
 
 @contextmanager
-def _timed(run: Run, stage: str, index: int) -> Iterator[None]:
-    """Log how long a stage took, here and now (a resumed stage counts what this process spent on it)."""
-    began = time.perf_counter()
+def _timed(run: Run, executor: Executor, stage: str, index: int) -> Iterator[None]:
+    """Log how long a stage took, here and now (a resumed stage counts what this process spent on it), and how long units of work ran."""
+    began, worked = time.perf_counter(), executor.core_seconds
     yield
     order = ("collect", "vision", "memory", "evolve", "check", "score", "film")
     run.log(
-        "stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began
-    )
+        "stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began,
+        core_seconds=executor.core_seconds - worked, cores=num_cores(),
+    )  # fmt: skip
 
 
 # ---- the check at the end of a round
@@ -167,7 +169,7 @@ def _measure(
     horizon = p.horizon if p.world == "dream" else DREAM_STEPS
     unit = {
         "params": np.asarray(params, np.float32), "seed": seed_of(config.seed, *place), "rollouts": episodes, "horizon": horizon,
-        "tau": p.tau,
+        "tau": p.tau, "stuck": p.stuck,
     }  # fmt: skip
     return next(iter(executor.map(dream_unit, shared, [unit])))["returns"]
 
@@ -211,7 +213,7 @@ def _final_scores(config: WorldModelConfig, run: Run, executor: Executor) -> dic
 
     place = run.path / "evaluations" / "best.json"
     if config.check_episodes and not place.exists():
-        with _timed(run, "score", len(config.rounds)):
+        with _timed(run, executor, "score", len(config.rounds)):
             tree = agent_tree(run)
             score = evaluate_reference(tree, reported_seeds(config.check_episodes), executor, world=config.world)
             place.parent.mkdir(exist_ok=True)

@@ -96,23 +96,17 @@ def carracing_hour() -> WorldModelConfig:
 def carracing_hour_dream() -> WorldModelConfig:
     """Dreams alone: no update of the controllers sees a real return. Each round drives as the last dream taught, and M learns why it fails."""
     first = RoundConfig(
-        collect=CollectConfig(wandering=256, max_steps=500, stuck=150),
+        collect=CollectConfig(wandering=512, random=128, max_steps=500, stuck=50),
         vision=_learn(3000),
-        memory=_learn(2000, batch=64, lr=2e-3),
-        populations=(_dream(40),),
-    )
-    second = RoundConfig(
-        collect=CollectConfig(noisy=128, max_steps=600, stuck=120),
-        vision=_learn(1500, lr=2e-3),
-        memory=_learn(2000, batch=64, lr=2e-3),
-        populations=(_dream(40, horizon=250),),
+        memory=_learn(1000, batch=64, lr=2e-3),
+        populations=(_dream(30, popsize=32, unit=16),),
     )
     later = RoundConfig(
-        collect=CollectConfig(noisy=96, max_steps=600, stuck=120),
-        memory=_learn(400, batch=96, lr=6e-4),
-        populations=(_dream(30, horizon=250),),
+        collect=CollectConfig(noisy=64, max_steps=1000, stuck=50),
+        memory=_learn(300, batch=96, lr=1e-3),
+        populations=(_dream(20, popsize=32, unit=16, horizon=250),),
     )
-    return WorldModelConfig(vision=_VISION, memory=_MEMORY, rounds=(first, second, *(later for _ in range(14))))
+    return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=16, rounds=(first, *(later for _ in range(30))))
 
 
 def carracing_paper() -> WorldModelConfig:

@@ -13,7 +13,7 @@ Metrics by stage; (stage, step) must be unique, since a later line replaces an e
                   return of the distribution's mean
     check         round, population, world, real_mean, real_std, dream_mean, rank_correlation, alarm (0 or 1)
     candidate     round, population, dream, real                    one line a candidate of the rank correlation
-    stage         name, round, seconds                              name: collect, vision, memory, evolve, check, ...
+    stage         name, round, seconds, core_seconds, cores         name: collect, vision, memory, evolve, check, ...
 """
 
 from __future__ import annotations
@@ -315,7 +315,9 @@ def _time(page: Report, run: Run) -> None:
         rows.append(
             [name, show_seconds(spent), f"{100 * spent / max(total, 1e-9):.0f}%", "; ".join(_work(run, name, spent))]
         )
-    page.table(["stage", "time", "share", "work and speed"], rows, f"All stages: {show_seconds(total)}.")
+    page.table(
+        ["stage", "time", "share", "work and speed"], rows, f"All stages: {show_seconds(total)}. {_outside(run)}"
+    )
     with chart_style():
         figure, axes = _figure(height=0.9)
         left = 0.0
@@ -327,6 +329,16 @@ def _time(page: Report, run: Run) -> None:
         axes[0].grid(False)
         figure.legend(loc="outside upper left", ncols=len(seconds), frameon=False)
         page.figure(figure)
+
+
+def _outside(run: Run) -> str:
+    """How much of the cores' time went to anything but units of work: Ray, files, CMA-ES, waiting for the slowest."""
+    lines = [line for line in run.metrics("stage") if line.get("core_seconds")]
+    offered = sum(line["seconds"] * line["cores"] for line in lines)
+    if not offered:
+        return ""
+    outside = 1 - sum(line["core_seconds"] for line in lines) / offered
+    return f"Of the cores' time, {100 * outside:.1f}% was not the work of environment, V, M and C."
 
 
 def _work(run: Run, stage: str, spent: float) -> Iterable[str]:

@@ -63,7 +63,8 @@ class PopulationConfig:
         name: of the population; rounds that name it again go on with it.
         world: where its candidates live. evolution: the search.
         generations: in this round. episodes: tracks or dreams for each candidate, the same for all candidates of a generation.
-        horizon: steps of an episode at most. stuck: see `CollectConfig`; real worlds only.
+        horizon: steps of an episode at most. stuck: steps without progress after which an episode is cut
+            (0: never): without a new tile in the real world, see `DreamModel.rollout` for the dream.
         tau: temperature of the dream. unit: candidates that one unit of work takes; it must divide popsize.
         start: where it begins when it is new: "zero", or the name of the population whose mean, sigma and covariance it takes over.
         check_every: generations between two measurements of the distribution's mean.

@@ -8,6 +8,7 @@ Shapes: T steps of an episode, Z latent, H hidden, P parameters.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from oneira.platform.runs import Run
 
 from .batches import frame_batches, sequence_batches
 from .collecting import collect_unit
+from .dreaming import PROGRESS
 from .environments import make_world
 from .evolving import seed_of, track_seeds
 from .memory import MDNRNN
-from .rollouts import RolloutStore
+from .rollouts import Episode, RolloutStore
 from .settings import CollectConfig, WorldModelConfig
 from .worldmodel import digest, load_into, pack
 
@@ -48,9 +50,12 @@ def collect(
     """Drive, and keep what was seen: one shard a unit, so that a crash loses at most the units under way.
 
     Args:
-        shared: packed world model of the round before, None in the first. controllers: float32 [P] each, for the noisy episodes.
+        shared: packed world model of the round before, None in the first: random controllers then look through a V and an M as drawn.
+        controllers: float32 [P] each, for the noisy episodes.
     """
     plan = config.rounds[round_index].collect
+    if shared is None and plan.random:
+        shared = executor.share(drawn_model(config))
     store = store_of(run)
     store.clean()
     units = [u for u in _collect_units(config, round_index, plan, controllers) if u["shard"] not in store.shards]
@@ -197,38 +202,74 @@ def _logger(run: Run, stage: str, index: int, steps: int, batch: int, rate: str,
     return log
 
 
+START_EPISODES = 256  # episodes that are walked through for starts, at most
+
+
 @torch.inference_mode()
 def gather_starts(
     store: RolloutStore, key: str, memory: MDNRNN, config: WorldModelConfig, index: int
 ) -> dict[str, np.ndarray]:
     """Moments in the data at which dreams may begin, with what M remembers there.
 
-    A quarter are drawn from the first second of episodes, the others from anywhere in them.
+    Half of the episodes are of this round's own data, where there is any: what the controllers of now get into. A quarter of the moments
+    are drawn from the first second of episodes, the others from wherever the agent was getting on: where it has long lost its way,
+    there is nothing to learn but to wait.
 
     Returns:
         z float32 [N, Z] (sampled from V's posterior), h, c [N, H], reward_prev [N].
     """
     rng = np.random.default_rng(seed_of(config.seed, "starts", index))
-    episodes = store.episodes()
-    latents = store.latents(key)
+    everything = store.episodes()
+    own = [e for e in everything if e.shard.startswith(f"{index:02d}-")]
+    episodes = [own[i] for i in rng.permutation(len(own))[: START_EPISODES // 2]]
+    episodes += [everything[i] for i in rng.permutation(len(everything))[: START_EPISODES - len(episodes)]]
     each = -(-config.starts // len(episodes))
     found: dict[str, list[np.ndarray]] = {"z": [], "h": [], "c": [], "reward_prev": []}
-    for e in episodes:
-        rows = latents.gather(np.arange(e.first_frame, e.first_frame + e.length + 1))
-        mu, logvar = np.asarray(rows["mu"], np.float32), np.asarray(rows["logvar"], np.float32)
-        z = mu + np.exp(0.5 * logvar) * rng.standard_normal(mu.shape, dtype=np.float32)
-        actions = np.asarray(store.actions[e.first_step : e.first_step + e.length], np.float32)
-        rewards = np.asarray(store.rewards[e.first_step : e.first_step + e.length], np.float32)
-        z_1, actions_1, rewards_1 = (torch.from_numpy(x)[None] for x in (z[:-1], actions, rewards))
-        h, c = (x[0].numpy() for x in memory.observe(z_1, actions_1, rewards_1))
+    for e, z, rewards, h, c in _remembered(store, key, memory, episodes, rng):
+        places = np.flatnonzero(_under_way(rewards))
         early = rng.random(each) < 0.25
-        at = np.where(early, rng.integers(0, min(50, e.length), each), rng.integers(0, e.length, each))
+        at = np.where(early, rng.integers(0, min(50, e.length), each), places[rng.integers(0, len(places), each)])
         before = np.concatenate([[np.float32(0)], rewards])
         for name, value in (("z", z[at]), ("h", h[at]), ("c", c[at]), ("reward_prev", before[at])):
             found[name].append(np.asarray(value, np.float32))
     joined = {name: np.concatenate(values) for name, values in found.items()}
     chosen = np.sort(rng.permutation(len(joined["z"]))[: config.starts])
     return {name: value[chosen] for name, value in joined.items()}
+
+
+def _under_way(rewards: np.ndarray, window: int = 35) -> np.ndarray:
+    """bool [T]: has the return risen by `PROGRESS` in the `window` steps before, or is it too early to say?"""
+    total = np.concatenate([[0.0], np.cumsum(rewards, dtype=np.float64)])[:-1]
+    before = np.concatenate([np.full(min(window, len(total)), -np.inf), total[:-window]])[: len(total)]
+    return total - before >= PROGRESS
+
+
+def _remembered(
+    store: RolloutStore, key: str, memory: MDNRNN, episodes: list[Episode], rng: np.random.Generator
+) -> Iterator[tuple[Episode, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(episode, z [T+1, Z] sampled from V's posterior, rewards [T], h, c [T+1, H]), 32 episodes at a time through M."""
+    latents = store.latents(key)
+    for first in range(0, len(episodes), 32):
+        part = episodes[first : first + 32]
+        longest = max(e.length for e in part)
+        z = np.zeros((len(part), longest + 1, memory.config.z), np.float32)
+        actions = np.zeros((len(part), longest, memory.config.action), np.float32)
+        rewards = np.zeros((len(part), longest), np.float32)
+        for i, e in enumerate(part):
+            rows = latents.gather(np.arange(e.first_frame, e.first_frame + e.length + 1))
+            mu, logvar = np.asarray(rows["mu"], np.float32), np.asarray(rows["logvar"], np.float32)
+            z[i, : e.length + 1] = mu + np.exp(0.5 * logvar) * rng.standard_normal(mu.shape, dtype=np.float32)
+            actions[i, : e.length] = store.actions[e.first_step : e.first_step + e.length]
+            rewards[i, : e.length] = store.rewards[e.first_step : e.first_step + e.length]
+        h, c = (x.numpy() for x in memory.observe(*(torch.from_numpy(x) for x in (z[:, :-1], actions, rewards))))
+        for i, e in enumerate(part):
+            yield e, z[i, : e.length + 1], rewards[i, : e.length], h[i, : e.length + 1], c[i, : e.length + 1]
+
+
+def drawn_model(config: WorldModelConfig) -> dict[str, Any]:
+    """A packed world model before any training, from the run's seed."""
+    torch.manual_seed(seed_of(config.seed, "vision-weights", 0) % 2**31)
+    return pack(config.world, VAE(config.vision).eval(), [new_memory(config, 0).eval()], config.controller)
 
 
 def packed_model(run: Run, config: WorldModelConfig, memory: str) -> dict[str, Any]:

@@ -129,6 +129,7 @@ class RayExecutor:
         if not lanes:
             raise ClusterError(f"The Ray cluster has no CPU to work on: {len(nodes)} nodes. Allowed: at least one CPU.")
         self.num_workers = len(lanes)
+        self.core_seconds = 0.0
         self._workers = _Pool(lanes)
         self._trainer = _Pool([_Lane(0, None)])
         self._code: dict[str, list] = {}  # functions that workers cannot import by name: [reference to the function]
@@ -240,7 +241,8 @@ class RayExecutor:
                 except RayError as error:  # the result was lost with its node
                     self._again(handle, error)
 
-    def _settle(self, handle: RayHandle, outcome: str, value: Any, said: str) -> None:
+    def _settle(self, handle: RayHandle, outcome: str, value: Any, said: str, core_seconds: float) -> None:
+        self.core_seconds += core_seconds
         if said:
             print(said, end="", file=sys.stderr, flush=True)
         if outcome == UNKNOWN_FUNCTION:

@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import sys
+import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Worker:
         self._functions: dict[str, Callable] = {}
         self._shared: OrderedDict[str, Any] = OrderedDict()
 
-    def run(self, name: str, code: list, shared: list, unit: Any, threads: int) -> tuple[str, Any, str]:
+    def run(self, name: str, code: list, shared: list, unit: Any, threads: int) -> tuple[str, Any, str, float]:
         """Run `name(shared value, unit)`.
 
         Args:
@@ -48,20 +49,23 @@ class Worker:
             threads: torch threads for this unit, 0 for the worker's own number.
 
         Returns:
-            (DONE, the value, what was written to stderr), (FAILED, (error type, message, traceback), stderr), or
-            (UNKNOWN_FUNCTION, None, "").
+            (DONE, the value, what was written to stderr, core-seconds of the function), (FAILED, (error type, message, traceback),
+            stderr, 0), or (UNKNOWN_FUNCTION, None, "", 0).
         """
         said = io.StringIO()
         try:
             function = self._find(name, code)
             if function is None:
-                return UNKNOWN_FUNCTION, None, ""
+                return UNKNOWN_FUNCTION, None, "", 0.0
             self._set_threads(threads or self.threads)
+            arguments = self._fetch(shared), copy_tree(unit)
+            began = time.perf_counter()
             with redirect_stderr(said):
-                return DONE, function(self._fetch(shared), copy_tree(unit)), said.getvalue()
+                value = function(*arguments)
+            return DONE, value, said.getvalue(), (time.perf_counter() - began) * (threads or self.threads)
         except BaseException as error:
             kind = f"{type(error).__module__}:{type(error).__qualname__}"
-            return FAILED, (kind, str(error), traceback.format_exc()), said.getvalue()
+            return FAILED, (kind, str(error), traceback.format_exc()), said.getvalue(), 0.0
 
     def _find(self, name: str, code: list) -> Callable | None:
         if name not in self._functions:

@@ -8,6 +8,7 @@ stage cannot tell it from another.
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, Self
@@ -35,9 +36,13 @@ class Shared(Protocol):
 
 
 class Executor(Protocol):
-    """Maps work over workers. `num_workers` hints how many units to keep under way; no result may depend on it."""
+    """Maps work over workers. `num_workers` hints how many units to keep under way; no result may depend on it.
+
+    `core_seconds` counts what finished units have worked so far: the seconds of each times its threads.
+    """
 
     num_workers: int
+    core_seconds: float
 
     def share(self, value: Tree) -> Any:
         """Puts a value once, to be read by many units; its arrays arrive read-only."""
@@ -107,7 +112,10 @@ class _SerialShared:
 class _SerialHandle:
     """Runs its work when first asked for the result."""
 
-    def __init__(self, function: Work, shared: _SerialShared | None, unit: Tree, threads: int):
+    def __init__(
+        self, executor: SerialExecutor, function: Work, shared: _SerialShared | None, unit: Tree, threads: int
+    ):
+        self.executor = executor
         self.function, self.shared, self.unit, self.threads = function, shared, copy_tree(unit, path="unit"), threads
         self.done = False
         self.value: Tree = None
@@ -118,14 +126,16 @@ class _SerialHandle:
 
         if self.done:
             return
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or num_cores())
+        before, threads = torch.get_num_threads(), self.threads or num_cores()
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
         try:
             self.value = self.function(None if self.shared is None else self.shared.value, self.unit)
         except Exception as error:
             self.error = error
         finally:
             torch.set_num_threads(before)
+        self.executor.core_seconds += (time.perf_counter() - began) * threads
         self.done = True
         self.unit = self.shared = None
 
@@ -141,12 +151,15 @@ class SerialExecutor:
 
     num_workers = 1
 
+    def __init__(self) -> None:
+        self.core_seconds = 0.0
+
     def share(self, value: Tree) -> _SerialShared:
         return _SerialShared(value)
 
     def submit(self, function: Work, shared: _SerialShared | None, unit: Tree, *, threads: int = 1) -> _SerialHandle:
         check_function(function)
-        return _SerialHandle(function, shared, unit, threads)
+        return _SerialHandle(self, function, shared, unit, threads)
 
     def wait(self, handles: Sequence[_SerialHandle]) -> _SerialHandle:
         if not handles:

@@ -178,3 +178,15 @@ def test_wrong_use_is_named():
         DreamModel([make_member()], MemoryConfig(z=4, action=3, hidden=32, mixtures=3))
     with pytest.raises(UsageError, match="sampled"):
         DreamModel([make_member()], CONFIG).rollout(make_rows(2), make_policy(1), 2, termination="sample")
+
+
+@pytest.mark.parametrize(("reward", "length"), [(-0.1, 10), (0.05, 10), (0.15, 40), (1.0, 40)])
+def test_a_dream_that_does_not_get_on_ends(reward, length):
+    """Ten steps in which the return rises by less than PROGRESS are the end, however little it still pays."""
+    member = make_member()
+    with torch.no_grad():
+        member.outcome.weight.zero_()
+        member.outcome.bias.copy_(torch.tensor([reward / CONFIG.reward_scale, -20.0]))
+    dreams = DreamModel([member], CONFIG).rollout(make_rows(5), make_policy(2), 40, candidates=2, stuck=10)
+    assert (dreams.lengths == length + (length < 40)).all()
+    np.testing.assert_allclose(dreams.returns, reward * dreams.lengths, rtol=1e-3)

@@ -85,3 +85,18 @@ def test_what_other_processes_could_not_take_is_refused_here_as_well() -> None:
         executor.submit(add, None, {"model": [torch.nn.Linear(1, 1)]})
     with pytest.raises(TypeError, match="Python objects"):
         executor.share({"x": np.array([object()])})
+
+
+def nap(shared, unit):
+    import time
+
+    time.sleep(unit)
+
+
+def test_the_seconds_of_units_are_counted_once_for_each_thread() -> None:
+    executor = SerialExecutor()
+    for _ in executor.map(nap, None, [0.05, 0.05]):
+        pass
+    assert 0.1 <= executor.core_seconds < 0.3
+    executor.submit(nap, None, 0.05, threads=3).result()
+    assert 0.25 <= executor.core_seconds < 0.6
