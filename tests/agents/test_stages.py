@@ -54,6 +54,6 @@ def test_dreams_start_where_the_agent_was_getting_on(tmp_path):
     of_first = [
         i
         for i in range(len(times))
-        if times[i] < 60 and np.abs(h[int(round(times[i]))].numpy() - starts["h"][i]).max() < 1e-3
+        if times[i] < 60 and np.abs(h[round(times[i])].numpy() - starts["h"][i]).max() < 1e-3
     ]
     assert of_first  # h is M's own at that moment
