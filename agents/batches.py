@@ -5,7 +5,7 @@ Legend: B batch, L window length in steps, E episodes, Z latent, A action.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,11 @@ def frame_batches(store: RolloutStore, *, batch_size: int, seed: int) -> Callabl
 
 
 def sequence_batches(
-    store: RolloutStore, digest: str, *, length: int, batch_size: int, seed: int
+    store: RolloutStore, digest: str, *, length: int, batch_size: int, seed: int, newest: str = "", fresh: float = 0.0
 ) -> Callable[[int], dict[str, np.ndarray]]:
     """sequence_batch(step) for M, from the latents of V's digest; all float32, 0 where padded.
+
+    The share `fresh` of a batch comes from shards whose names begin with `newest`, the rest from everything.
 
     Returns a function to: mu, logvar [B, L+1, Z]; action [B, L, A]; reward, done, valid [B, L]. done is `terminated`: a
     time limit says nothing about the world. valid is 0 after the end of the episode, where a window is longer than what
@@ -38,9 +40,14 @@ def sequence_batches(
     """
     windows, latents = Windows.of(store, length), store.latents(digest)
     latents.require_complete()
+    own = windows.numbers([e.shard.startswith(newest) for e in store.episodes()]) if fresh else np.zeros(0, np.int64)
+    num_fresh = round(fresh * batch_size) if len(own) else 0
 
     def sequence_batch(step: int) -> dict[str, np.ndarray]:
-        drawn = np.random.default_rng([seed, step]).integers(0, len(windows), batch_size)
+        generator = np.random.default_rng([seed, step])
+        drawn = generator.integers(0, len(windows), batch_size)
+        if num_fresh:
+            drawn[:num_fresh] = own[generator.integers(0, len(own), num_fresh)]
         return _window_batch(store, windows, latents, drawn)
 
     return sequence_batch
@@ -76,6 +83,10 @@ class Windows:
 
     def __len__(self) -> int:
         return int((self.lengths + self.length - 1).sum())
+
+    def numbers(self, of: Sequence[bool]) -> np.ndarray:
+        """The numbers int64 of all windows of some episodes; `of` [E] says of which."""
+        return np.flatnonzero(np.repeat(np.asarray(of, bool), self.lengths + self.length - 1))
 
     def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Window numbers [n] in [0, len) -> (episode [n], step within the episode [n] at which it begins)."""

@@ -102,11 +102,21 @@ def carracing_hour_dream() -> WorldModelConfig:
         populations=(_dream(30, popsize=32, unit=16),),
     )
     later = RoundConfig(
-        collect=CollectConfig(noisy=64, max_steps=1000, stuck=50),
-        memory=_learn(300, batch=96, lr=1e-3),
-        populations=(_dream(20, popsize=32, unit=16, horizon=250),),
+        collect=CollectConfig(noisy=32, max_steps=1000, stuck=50),
+        memory=_learn(150, batch=96, lr=1e-3),
+        fresh=0.5,
+        populations=(_dream(10, popsize=32, unit=16, horizon=250),),
     )
-    return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=16, rounds=(first, *(later for _ in range(30))))
+    again = RoundConfig(
+        collect=CollectConfig(noisy=64, max_steps=1000, stuck=50),
+        vision=_learn(2000, lr=2e-3),
+        memory=_learn(1000, batch=64, lr=2e-3),
+        fresh=0.25,
+        restart=True,
+        populations=(_dream(40, popsize=32, unit=16, horizon=250),),
+    )
+    rounds = (first, *(later for _ in range(5)), again, *(later for _ in range(60)))
+    return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=16, rounds=rounds)
 
 
 def carracing_paper() -> WorldModelConfig:

@@ -103,7 +103,8 @@ class RoundConfig:
     Args:
         vision, memory: None keeps the V or M of the round before (M of the first round then stays as it was drawn: an echo state
             network, whose h is still a memory of the last second).
-        recent: rounds of data that V and M learn from, the latest ones; 0 is all.
+        recent: rounds of data that V and M learn from, the latest ones; 0 is all. fresh: share of M's batches, in [0, 1], that this
+            round's own data fill: what undid the last controllers is little among all that was ever seen.
         restart: begin every population anew; else those of the last round go on.
         segments: parts into which the generations are cut; at the end of each, populations send their means to one another.
     """
@@ -112,12 +113,15 @@ class RoundConfig:
     vision: TrainSettings | None = None
     memory: TrainSettings | None = None
     recent: int = 0
+    fresh: float = 0.0
     restart: bool = False
     segments: int = 1
     populations: tuple[PopulationConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, recent=0, segments=1)
+        _at_least(self, recent=0, segments=1, fresh=0)
+        if self.fresh > 1:
+            raise ConfigError(f"RoundConfig.fresh is {self.fresh}; a share is at most 1.")
         names = [p.name for p in self.populations]
         if len(set(names)) < len(names):
             raise ConfigError(f"two populations of a round share a name: {', '.join(names)}.")

@@ -173,7 +173,10 @@ def _fit_member(
 ) -> MDNRNN:
     config: WorldModelConfig = run.config
     seed = seed_of(config.seed, "memory", index, m)
-    batches = sequence_batches(store, key, length=config.window, batch_size=settings.batch_size, seed=seed)
+    batches = sequence_batches(
+        store, key, length=config.window, batch_size=settings.batch_size, seed=seed,
+        newest=f"{index:02d}-", fresh=config.rounds[index].fresh,
+    )  # fmt: skip
     log = _logger(run, "memory", index, settings.steps, settings.batch_size * config.window, "transitions_per_s", m)
     return fit(member, batches, settings, checkpoints=run.checkpoints, name=f"{index:02d}-memory-fit-{m}", log=log)
 

@@ -235,6 +235,23 @@ def test_batches_depend_on_seed_and_step_only(tmp_path: Path) -> None:
     assert all((ours[key] == theirs[key]).all() for key in ours)
 
 
+def test_a_share_of_a_batch_is_fresh(tmp_path: Path) -> None:
+    """Actions tell the episode: they are random numbers that no two share."""
+    store, episodes = filled(tmp_path)
+    encode(store)
+    newest = {tuple(a) for data in episodes[4:] for a in data["actions"]}  # of round1-0000
+    batch_at = sequence_batches(store, DIGEST, length=4, batch_size=40, seed=3, newest="round1-", fresh=0.5)
+    fresh = np.array([[tuple(row["action"][0]) in newest for row in _rows(batch_at(step))] for step in range(30)])
+    assert fresh[:, :20].all() and 0 < fresh[:, 20:].mean() < 1
+    alone = sequence_batches(store, DIGEST, length=4, batch_size=40, seed=3, newest="round9-", fresh=0.5)
+    plain = sequence_batches(store, DIGEST, length=4, batch_size=40, seed=3)
+    assert all((alone(2)[key] == plain(2)[key]).all() for key in plain(2))  # a round without data of its own
+
+
+def _rows(batch: dict) -> list[dict]:
+    return [{key: value[i] for key, value in batch.items()} for i in range(len(batch["valid"]))]
+
+
 def test_latents_and_states_belong_to_one_digest(tmp_path: Path) -> None:
     store, _ = filled(tmp_path)
     with pytest.raises(DataError, match="without latents"):
