@@ -214,9 +214,7 @@ def gather_starts(
 ) -> dict[str, np.ndarray]:
     """Moments in the data at which dreams may begin, with what M remembers there.
 
-    Half of the episodes are of this round's own data, where there is any: what the controllers of now get into. A quarter of the moments
-    are drawn from the first second of episodes, the others from wherever the agent was getting on: where it has long lost its way,
-    there is nothing to learn but to wait.
+    Half of the episodes are of this round's own data, where there is any: what the controllers of now get into.
 
     Returns:
         z float32 [N, Z] (sampled from V's posterior), h, c [N, H], reward_prev [N].
@@ -228,16 +226,30 @@ def gather_starts(
     episodes += [everything[i] for i in rng.permutation(len(everything))[: START_EPISODES - len(episodes)]]
     each = -(-config.starts // len(episodes))
     found: dict[str, list[np.ndarray]] = {"z": [], "h": [], "c": [], "reward_prev": []}
-    for e, z, rewards, h, c in _remembered(store, key, memory, episodes, rng):
-        places = np.flatnonzero(_under_way(rewards))
-        early = rng.random(each) < 0.25
-        at = np.where(early, rng.integers(0, min(50, e.length), each), places[rng.integers(0, len(places), each)])
+    for z, rewards, h, c in _remembered(store, key, memory, episodes, rng):
+        at = _moments(rewards, each, rng)
         before = np.concatenate([[np.float32(0)], rewards])
         for name, value in (("z", z[at]), ("h", h[at]), ("c", c[at]), ("reward_prev", before[at])):
             found[name].append(np.asarray(value, np.float32))
     joined = {name: np.concatenate(values) for name, values in found.items()}
     chosen = np.sort(rng.permutation(len(joined["z"]))[: config.starts])
     return {name: value[chosen] for name, value in joined.items()}
+
+
+def _moments(rewards: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Steps int [count] of an episode at which dreams may begin.
+
+    A quarter are of its first second, the others are drawn from wherever the agent was getting on: where it has long lost its way there is
+    nothing to learn but to wait. If it lost its way in the end, a half of the others are of the second and a half before that: what undid it
+    is in sight by then, and need not be dreamt up, which M does too seldom.
+    """
+    under_way = _under_way(rewards)
+    places = np.flatnonzero(under_way)
+    at = places[rng.integers(0, len(places), count)]
+    if not under_way[-1]:
+        last = int(np.flatnonzero(rewards > 0)[-1]) if (rewards > 0).any() else 0
+        at = np.where(rng.random(count) < 0.5, rng.integers(max(0, last - 75), last + 1, count), at)
+    return np.where(rng.random(count) < 0.25, rng.integers(0, min(50, len(rewards)), count), at)
 
 
 def _under_way(rewards: np.ndarray, window: int = 35) -> np.ndarray:
@@ -249,8 +261,8 @@ def _under_way(rewards: np.ndarray, window: int = 35) -> np.ndarray:
 
 def _remembered(
     store: RolloutStore, key: str, memory: MDNRNN, episodes: list[Episode], rng: np.random.Generator
-) -> Iterator[tuple[Episode, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """(episode, z [T+1, Z] sampled from V's posterior, rewards [T], h, c [T+1, H]), 32 episodes at a time through M."""
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each episode: (z [T+1, Z] sampled from V's posterior, rewards [T], h, c [T+1, H]), 32 episodes at a time through M."""
     latents = store.latents(key)
     for first in range(0, len(episodes), 32):
         part = episodes[first : first + 32]
@@ -266,7 +278,7 @@ def _remembered(
             rewards[i, : e.length] = store.rewards[e.first_step : e.first_step + e.length]
         h, c = (x.numpy() for x in memory.observe(*(torch.from_numpy(x) for x in (z[:, :-1], actions, rewards))))
         for i, e in enumerate(part):
-            yield e, z[i, : e.length + 1], rewards[i, : e.length], h[i, : e.length + 1], c[i, : e.length + 1]
+            yield z[i, : e.length + 1], rewards[i, : e.length], h[i, : e.length + 1], c[i, : e.length + 1]
 
 
 def drawn_model(config: WorldModelConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from oneira.agents.dreaming import PROGRESS
 from oneira.agents.memory import MDNRNN
 from oneira.agents.presets import carracing_paper, carracing_quick
-from oneira.agents.stages import _under_way, collect, gather_starts, store_of
+from oneira.agents.stages import _moments, _under_way, collect, gather_starts, store_of
 from oneira.platform.executor import SerialExecutor
 from oneira.platform.runs import Run
 
@@ -57,3 +57,14 @@ def test_dreams_start_where_the_agent_was_getting_on(tmp_path):
         if times[i] < 60 and np.abs(h[round(times[i])].numpy() - starts["h"][i]).max() < 1e-3
     ]
     assert of_first  # h is M's own at that moment
+
+
+def test_dreams_often_start_before_what_undid_the_agent():
+    rng = np.random.default_rng(0)
+    crashed = np.where(np.arange(400) < 350, 1.0, -0.1)  # the last progress is at 349
+    fine = np.ones(400)
+    before = [np.mean((at >= 274) & (at <= 349)) for at in (_moments(x, 20_000, rng) for x in (crashed, fine))]
+    share, usual = 76 / 385, 76 / 400  # of the moments at which it was getting on: 35 more than it made progress
+    np.testing.assert_allclose(before, [0.75 * (0.5 + 0.5 * share), 0.75 * usual], atol=0.015)
+    assert (_moments(crashed, 20_000, rng) < 50).mean() > 0.25
+    assert _moments(np.full(60, -0.1), 500, rng).max() < 50  # it never got on: only the beginning counts
