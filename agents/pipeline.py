@@ -22,11 +22,12 @@ from oneira.platform.executor import Executor
 from oneira.platform.runs import Run
 
 from .environments import make_world
-from .evaluation import DEFAULT_SEED, evaluate_reference, rank_correlation, reported_seeds
+from .evaluation import DEFAULT_SEED, evaluate_reference, promises_too_much, rank_correlation, reported_seeds
 from .evolution import Population
 from .evolving import evolve, seed_of, track_seeds
 from .fitness import dream_unit, real_unit
 from .settings import PopulationConfig, WorldModelConfig
+from .populations import score_populations
 from .stages import collect, fit_memory, fit_vision, packed_model
 
 DREAM_STEPS = 200  # of the dreams in which a population from the real world is looked at
@@ -40,6 +41,9 @@ def train(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, A
     for index in range(len(config.rounds)):
         shared, populations, controllers = _round(config, index, run, executor, shared, populations, controllers)
     scores = _final_scores(config, run, executor)
+    if config.population_episodes:
+        with _timed(run, "populations", len(config.rounds)):
+            score_populations(config, run, executor)
     with _timed(run, "film", len(config.rounds)):
         _pictures(config, run)
     return {**scores, "seconds": sum(line["seconds"] for line in run.metrics("stage"))}
@@ -87,7 +91,7 @@ def _timed(run: Run, stage: str, index: int) -> Iterator[None]:
     """Log how long a stage took, here and now (a resumed stage counts what this process spent on it)."""
     began = time.perf_counter()
     yield
-    order = ("collect", "vision", "memory", "evolve", "check", "score", "film")
+    order = ("collect", "vision", "memory", "evolve", "check", "score", "film", "populations")
     run.log(
         "stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began
     )
@@ -141,7 +145,7 @@ def alarm(correlation: float, dream_per_step: float, real_per_step: float) -> bo
     It rings when the order in which the dream puts candidates says nothing about their order in reality (rank correlation at most 0),
     or when the dream promises more than half again what reality pays for a step, and 0.3 beyond.
     """
-    return correlation <= 0 or dream_per_step > 0.3 + 1.5 * max(real_per_step, 0)
+    return correlation <= 0 or promises_too_much(dream_per_step, real_per_step)
 
 
 def _carry_over(run: Run, index: int) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
@@ -160,7 +164,7 @@ def _measure(
     if world == "real":
         seeds = track_seeds(episodes, config.seed, *place)
         half = -(-episodes // 2)
-        common = {"params": np.asarray(params, np.float32), "max_steps": 1000, "stuck": 0}
+        common = {"params": np.asarray(params, np.float32), "max_steps": make_world(config.world).max_steps, "stuck": 0}
         units = [{**common, "seeds": part} for part in (seeds[:half], seeds[half:]) if part]
         answers = executor.map(real_unit, shared, units)
         return np.concatenate([a["returns"] for a in answers], 1)

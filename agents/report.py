@@ -33,6 +33,8 @@ from oneira.platform.errors import DataError
 from oneira.platform.report import COLOURS, INK, Report, chart_style
 from oneira.platform.runs import Run
 
+from .populations import add_populations
+
 Line = dict[str, Any]
 ALARM = "#d1495b"
 POINTS = 600  # of a curve; more cannot be seen and make a heavy file
@@ -52,6 +54,7 @@ def build_report(run: Run) -> Path:
     _films(page, run)
     _fitness(page, run, clock)
     _reality(page, run)
+    add_populations(page, run)
     _vision(page, run)
     _memory(page, run)
     _time(page, run)

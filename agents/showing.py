@@ -46,11 +46,11 @@ def dream_frames(run: Run, seed: int, steps: int = 1000, tau: float = 1.0) -> It
     controller = Controller(run.config.controller)
     source = dream_source(run)
     env = make_dream(source, num_envs=1, obs="latent", tau=tau, seed=seed)
-    features, _ = env.reset(seed=seed)
-    size = run.config.controller.num_features
+    env.reset(seed=seed)
     for _ in range(steps):
-        yield source.decode(features[:, : run.config.vision.z])[0]
-        features, _, terminated, truncated, _ = env.step(controller.act_numpy(agent.params, features[:, :size]))
+        yield source.decode(env.features("z"))[0]
+        known = env.features(run.config.controller.features)
+        _, _, terminated, truncated, _ = env.step(controller.act_numpy(agent.params, known))
         if terminated[0] or truncated[0]:
             return
 
