@@ -127,9 +127,14 @@ def evaluate_reference(
         agent: the tree that `agent_from_tree` reads: arrays and configs.
         seeds: one per episode, see `reported_seeds`.
         executor: of platform/executor.py.
-        stage: which controller this is: best, dream or real.
+        stage: which controller this is: best, dream or real, or a population's name.
+
+    Raises:
+        UsageError: the agent was trained in another world.
     """
     described = make_world(world)
+    if (own := agent.get("model", {}).get("world", world)) != world:
+        raise UsageError(f"This agent was trained in '{own}'; it cannot act in '{world}'.")
     started = time.monotonic()
     units = [list(seeds[i : i + EPISODES_PER_UNIT]) for i in range(0, len(seeds), EPISODES_PER_UNIT)]
     shared = executor.share({"key": digest(agent), "agent": agent, "world": world})

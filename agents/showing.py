@@ -15,6 +15,7 @@ from oneira.platform.runs import Run
 from .agent import load_agent
 from .controller import Controller
 from .dream import make_dream
+from .environments import make_world
 from .loading import dream_source
 from .pipeline import newest
 from .recording import real_frames, side_by_side, write_video
@@ -68,4 +69,4 @@ def film(run: Run, path: Path, *, world: str = "both", seed: int = 0, steps: int
         panels.append(("reality", islice(real_frames(load_agent(run), seed, world=run.config.world), steps)))
     if world != "real":
         panels.append(("dream", islice(dream_frames(run, seed), steps)))
-    return write_video(path, side_by_side(panels))
+    return write_video(path, side_by_side(panels), fps=make_world(run.config.world).fps)

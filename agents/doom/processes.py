@@ -37,17 +37,21 @@ exec {game} "$@"
 # The guard: $1 is the owner's folder. A process is only ended where its command line names that folder, since numbers come back.
 _GUARD = """
 trap '' INT TERM HUP
+sweep() {
+  for game in "$1"/*/; do
+    if [ -f "$game/pid" ]; then
+      pid=$(cat "$game/pid")
+      if ps -ww -o args= -p "$pid" 2> /dev/null | grep -qF "$1"; then kill -9 "$pid"; fi
+    fi
+    if [ -f "$game/instance" ]; then
+      name=$(cat "$game/instance")
+      rm -f "/dev/shm/ViZDoomMQCtr$name" "/dev/shm/ViZDoomMQDoom$name" "/dev/shm/ViZDoomSM$name"
+    fi
+  done
+}
 cat > /dev/null
-for game in "$1"/*/; do
-  if [ -f "$game/pid" ]; then
-    pid=$(cat "$game/pid")
-    if ps -ww -o args= -p "$pid" 2> /dev/null | grep -qF "$1"; then kill -9 "$pid"; fi
-  fi
-  if [ -f "$game/instance" ]; then
-    name=$(cat "$game/instance")
-    rm -f "/dev/shm/ViZDoomMQCtr$name" "/dev/shm/ViZDoomMQDoom$name" "/dev/shm/ViZDoomSM$name"
-  fi
-done
+sweep "$1"
+if [ -n "$(ls "$1")" ]; then sleep 1; sweep "$1"; fi
 rm -rf "$1"
 """
 
@@ -59,6 +63,12 @@ class _Owner:
         self.process = os.getpid()
         self.folder = Path(tempfile.mkdtemp(prefix="oneira-doom-"))
         self.numbers = count()
+        self.executable = Path(require_vizdoom().__file__).with_name("vizdoom")
+        try:
+            _require_running(self.executable, self.folder)
+        except EnvironmentMissing:
+            self.folder.rmdir()
+            raise
         self.guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD, "oneira-doom-guard", str(self.folder)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
@@ -70,6 +80,24 @@ class _Owner:
         self.guard.stdin.close()
         if self.process == os.getpid():
             self.guard.wait()
+
+
+def _require_running(executable: Path, folder: Path) -> None:
+    """Start the game for a moment, by itself: where it cannot run, ViZDoom would take this whole process down.
+
+    Raises:
+        EnvironmentMissing: it does not run, for want of a library for example.
+    """
+    words = [str(executable), "-norun", "-nosound", "+viz_noxserver", "1", "+viz_window_hidden", "1", "+viz_noconsole", "1"]
+    try:
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentMissing(f"ViZDoom's game does not run: {error}") from error
+    finally:
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    if done.returncode in (126, 127) or done.returncode < 0:
+        raise EnvironmentMissing(f"ViZDoom's game does not run (exit {done.returncode}): {done.stderr.strip()[:500]}")
 
 
 _owner: _Owner | None = None
@@ -117,9 +145,8 @@ def confine(game: Any) -> Path:
         _owner = _Owner()
     folder = _owner.folder / f"{next(_owner.numbers):06d}"
     folder.mkdir()
-    executable = Path(require_vizdoom().__file__).with_name("vizdoom")
     launch = folder / "game"
-    launch.write_text(_LAUNCH.format(game=shlex.quote(str(executable))), encoding="utf-8")
+    launch.write_text(_LAUNCH.format(game=shlex.quote(str(_owner.executable))), encoding="utf-8")
     launch.chmod(0o700)
     game.set_doom_config_path(str(folder / "settings.ini"))
     game.set_vizdoom_path(str(launch))

@@ -84,7 +84,7 @@ class Game:
     def _died(self, error: Exception) -> EnvironmentMissing:
         self.close()
         return EnvironmentMissing(
-            f"The game of seed {self._seed} died after {self._steps} steps: {error} `oneira doctor` tries ViZDoom on its own."
+            f"The game of seed {self._seed} died after {self._steps} steps: {error}"
         )
 
     def close(self) -> None:
