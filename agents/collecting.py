@@ -72,7 +72,9 @@ def collect_unit(shared: dict[str, Any] | None, unit: dict[str, Any]) -> list[di
 def _policy(unit: dict[str, Any], count: int, config: ControllerConfig) -> Exploration:
     world = make_world(unit["world"])
     if unit["policy"] == "wandering":
-        return RandomChoices(count, unit["seed"], world.action_size) if world.discrete else Wandering(count, unit["seed"])
+        return (
+            RandomChoices(count, unit["seed"], world.action_size) if world.discrete else Wandering(count, unit["seed"])
+        )
     if unit["policy"] == "random":
         return RandomControllers(count, unit["seed"], config)
     params = np.asarray(unit["params"])

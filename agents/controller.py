@@ -51,7 +51,10 @@ class ControllerConfig:
     choices: int = 3
 
     def __post_init__(self) -> None:
-        for name, allowed in (("features", ("z", "zh", "zch")), ("action_space", ("carracing", "threshold", "softmax"))):
+        for name, allowed in (
+            ("features", ("z", "zh", "zch")),
+            ("action_space", ("carracing", "threshold", "softmax")),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"The controller's {name} is {value!r}. {did_you_mean(str(value), allowed)}")

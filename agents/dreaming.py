@@ -146,7 +146,9 @@ class DreamModel:
         size_z = self.config.z
         work = self._workspace(len(z))
         self._enter(work, z, h, c)
-        self._advance(work, 0, len(z), read_actions(action, self.config), reward_prev, tau, noise, self._members[member])
+        self._advance(
+            work, 0, len(z), read_actions(action, self.config), reward_prev, tau, noise, self._members[member]
+        )
         features = work.features.numpy()
         return (
             features[:, :size_z].copy(),

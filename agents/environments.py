@@ -171,7 +171,9 @@ class DoomTakeCover:
         import cv2
 
         if frames.ndim != 4 or frames.shape[1:] != (240, 320, 3) or frames.dtype != np.uint8:
-            raise ValueError(f"DoomTakeCover frames are uint8 [n, 240, 320, 3], not {frames.dtype} {list(frames.shape)}")
+            raise ValueError(
+                f"DoomTakeCover frames are uint8 [n, 240, 320, 3], not {frames.dtype} {list(frames.shape)}"
+            )
         out = np.empty((len(frames), FRAME, FRAME, 3), np.uint8)
         for i, frame in enumerate(frames):
             cv2.resize(frame, (FRAME, FRAME), dst=out[i], interpolation=cv2.INTER_AREA)

@@ -197,7 +197,13 @@ class MDNRNN(nn.Module):
         logits, means, log_sigmas = self.mixture(hidden).float().view(shape).unbind(-3)
         reward, done_logit = self._outcome(hidden).unbind(-1)
         log_sigmas = log_sigmas.clamp(min=kernels.LOG_SIGMA_MIN)
-        return Prediction(F.log_softmax(logits, -2), means, log_sigmas, reward * self.config.reward_scale, done_logit - self.config.done_bias)
+        return Prediction(
+            F.log_softmax(logits, -2),
+            means,
+            log_sigmas,
+            reward * self.config.reward_scale,
+            done_logit - self.config.done_bias,
+        )
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         weight_in, weight_rec, bias_in, bias_rec = self._cell()

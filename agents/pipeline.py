@@ -26,8 +26,8 @@ from .evaluation import DEFAULT_SEED, evaluate_reference, promises_too_much, ran
 from .evolution import Population
 from .evolving import evolve, seed_of, track_seeds
 from .fitness import dream_unit, real_unit
-from .settings import PopulationConfig, WorldModelConfig
 from .populations import score_populations
+from .settings import PopulationConfig, WorldModelConfig
 from .stages import collect, fit_memory, fit_vision, packed_model
 
 DREAM_STEPS = 200  # of the dreams in which a population from the real world is looked at

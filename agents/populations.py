@@ -64,7 +64,9 @@ def _scores(
 
 def add_populations(page: Report, run: Run) -> None:
     """A section with a table and a plot of dream score against real score; nothing where no population was scored."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in (run.path / "evaluations").glob("populations/*.json")]
+    found = [
+        json.loads(path.read_text(encoding="utf-8")) for path in (run.path / "evaluations").glob("populations/*.json")
+    ]
     if not found:
         return
     found.sort(key=lambda entry: (entry["tau"], entry["population"]))
@@ -113,12 +115,25 @@ def _plot(page: Report, found: list[dict[str, Any]], longest: int) -> None:
         axis = figure.subplots()
         for i, entry in enumerate(found):
             dream, real = entry["dream"], entry["real"]
-            errors = [[[s["mean"] - s["ci95"][0]], [s["ci95"][1] - s["mean"]]] if s["std"] is not None else None for s in (dream, real)]
+            errors = [
+                [[s["mean"] - s["ci95"][0]], [s["ci95"][1] - s["mean"]]] if s["std"] is not None else None
+                for s in (dream, real)
+            ]
             colour = COLOURS[i % len(COLOURS)]
-            axis.errorbar(dream["mean"], real["mean"], xerr=errors[0], yerr=errors[1], fmt="o", color=colour, label=f"τ {entry['tau']}")
+            axis.errorbar(
+                dream["mean"],
+                real["mean"],
+                xerr=errors[0],
+                yerr=errors[1],
+                fmt="o",
+                color=colour,
+                label=f"τ {entry['tau']}",
+            )
         edge = np.array([0.0, max(longest, *(e["dream"]["mean"] for e in found))])
         axis.plot(edge, edge, color=INK, linewidth=0.8, linestyle=":", label="what the dream promises")
-        axis.fill_between(edge, 0, np.maximum(edge - 0.3 * longest, 0) / 1.5, alpha=0.08, color="#d1495b", linewidth=0, label="alarm")
+        axis.fill_between(
+            edge, 0, np.maximum(edge - 0.3 * longest, 0) / 1.5, alpha=0.08, color="#d1495b", linewidth=0, label="alarm"
+        )
         axis.set(xlabel="score in the dream", ylabel="score in the real game")
         axis.legend(frameon=False)
         page.figure(figure, "Each point is one population, with 95% intervals of both means.")

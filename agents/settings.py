@@ -150,7 +150,17 @@ class WorldModelConfig:
     rounds: tuple[RoundConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, seed=0, ensemble=1, window=2, starts=1, checks=2, check_episodes=0, population_episodes=0, film_steps=0)
+        _at_least(
+            self,
+            seed=0,
+            ensemble=1,
+            window=2,
+            starts=1,
+            checks=2,
+            check_episodes=0,
+            population_episodes=0,
+            film_steps=0,
+        )
         if self.world not in WORLDS:
             raise ConfigError(f"unknown environment '{self.world}'. {did_you_mean(self.world, WORLDS)}")
         if not (self.vision.z == self.memory.z == self.controller.z):

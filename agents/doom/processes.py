@@ -88,7 +88,17 @@ def _require_running(executable: Path, folder: Path) -> None:
     Raises:
         EnvironmentMissing: it does not run, for want of a library for example.
     """
-    words = [str(executable), "-norun", "-nosound", "+viz_noxserver", "1", "+viz_window_hidden", "1", "+viz_noconsole", "1"]
+    words = [
+        str(executable),
+        "-norun",
+        "-nosound",
+        "+viz_noxserver",
+        "1",
+        "+viz_window_hidden",
+        "1",
+        "+viz_noconsole",
+        "1",
+    ]
     try:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,7 @@ class Game:
 
     def _died(self, error: Exception) -> EnvironmentMissing:
         self.close()
-        return EnvironmentMissing(
-            f"The game of seed {self._seed} died after {self._steps} steps: {error}"
-        )
+        return EnvironmentMissing(f"The game of seed {self._seed} died after {self._steps} steps: {error}")
 
     def close(self) -> None:
         """End the process and remove its folder; a second call does nothing."""
@@ -158,11 +156,8 @@ class DoomBatch:
         size = -(-len(items) // THREADS)
         portions = [items[i : i + size] for i in range(0, len(items), size)]
         futures = [self._threads.submit(lambda p: [work(item) for item in p], portion) for portion in portions]
-        results = [future.exception() or future.result() for future in futures]
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [value for result in results for value in result]
+        wait(futures)  # an error must not leave games at work behind it
+        return [value for future in futures for value in future.result()]
 
     @property
     def steps_since_tile(self) -> np.ndarray:

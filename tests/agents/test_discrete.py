@@ -22,7 +22,9 @@ from oneira.generative.training import TrainSettings
 from oneira.generative.vae import VAE, VAEConfig
 from oneira.platform.errors import ConfigError, UsageError
 
-MEMORY = MemoryConfig(z=8, action=3, discrete=True, hidden=16, reward_input=False, reward_weight=0.0, done_positive_weight=10.0)
+MEMORY = MemoryConfig(
+    z=8, action=3, discrete=True, hidden=16, reward_input=False, reward_weight=0.0, done_positive_weight=10.0
+)
 CONTROLLER = ControllerConfig(features="zch", z=8, memory=16, action_space="threshold", bias=False)
 
 
@@ -94,7 +96,10 @@ def test_a_controller_sees_z_c_h_in_dreams_and_beside_the_real_world(tree):
     np.testing.assert_array_equal(seen[0], np.broadcast_to(first, (3, *first.shape)))
     assert seen[1].shape == (3, 4, 40) and (seen[1] != seen[0]).all(2).any()
 
-    senses, frames = Senses(unpack(tree), 2), np.random.default_rng(0).integers(0, 255, (3, 2, 64, 64, 3), dtype=np.uint8)
+    senses, frames = (
+        Senses(unpack(tree), 2),
+        np.random.default_rng(0).integers(0, 255, (3, 2, 64, 64, 3), dtype=np.uint8),
+    )
     zs = []
     for t in range(3):
         features = senses.see(frames[t])
@@ -161,7 +166,7 @@ def test_the_presets_are_the_papers_sizes():
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, float("nan")])
 def test_impossible_temperatures_are_refused(tau):
-    with pytest.raises(ConfigError, match="tau is .*; a temperature must be above 0"):
+    with pytest.raises(ConfigError, match=r"tau is .*; a temperature must be above 0"):
         PopulationConfig(name="dream", world="dream", tau=tau)
 
 
@@ -177,7 +182,7 @@ def tiny():
     config = doom_tau_sweep().smoke()
     r = config.rounds[0]
     settings = TrainSettings(steps=4, batch_size=8)
-    populations = tuple(replace(p, horizon=40) for p in (r.populations[0], r.populations[3]))
+    populations = (replace(r.populations[3], horizon=40),)
     return replace(
         config, vision=VAEConfig(z=8), memory=MEMORY, controller=CONTROLLER, window=8, starts=16, checks=2, check_episodes=1,
         film_steps=8, rounds=(replace(r, vision=settings, memory=settings, populations=populations),),
@@ -198,7 +203,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_scores_each_population_in_both_worlds(run):
-    for name, tau in (("tau-0.1", 0.1), ("tau-1.15", 1.15)):
+    for name, tau in (("tau-1.15", 1.15),):
         found = json.loads((run.path / "evaluations" / "populations" / f"{name}.json").read_text())
         assert found["tau"] == tau and found["dream"]["conditions"] == {"tau": tau}
         assert found["real"]["env_id"] == "VizdoomTakeCover-v1" and found["real"]["env_version"].startswith("vizdoom ")

@@ -14,10 +14,10 @@ import pytest
 
 pytest.importorskip("vizdoom")
 
-from oneira.agents.doom import processes, simulator  # noqa: E402 - after the skip
-from oneira.agents.environments import DoomTakeCover, make_world  # noqa: E402
-from oneira.agents.evaluation import drive, reference_environment  # noqa: E402
-from oneira.platform.errors import EnvironmentMissing, UsageError  # noqa: E402
+from oneira.agents.doom import processes, simulator
+from oneira.agents.environments import DoomTakeCover, make_world
+from oneira.agents.evaluation import drive, reference_environment
+from oneira.platform.errors import EnvironmentMissing, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +75,10 @@ def test_training_plays_the_reference_game_and_its_frames_are_close():
         assert frame.shape == (240, 320, 3) and frame.dtype == np.uint8 and env.action_space.n == 3
         batch = world.batch([env.unwrapped.game.get_seed()], np.arange(1))
         seen, length, over = batch.reset(), 0, False
-        rng = np.random.default_rng(seed)
+        rng, action = np.random.default_rng(seed), 0
         while not over:
             differences.append(np.abs(world.preprocess(frame[None]).astype(int) - seen).mean())
-            action = rng.integers(3) if length % 10 == 0 else action
+            action = action if length % 10 else rng.integers(3)
             frame, reward, terminated, truncated, _ = env.step(action)
             seen, rewards, ends, cuts = batch.step(np.array([action]))
             assert (reward, terminated, truncated) == (rewards[0], ends[0], cuts[0]) == (1.0, ends[0], False)
@@ -137,7 +137,10 @@ env = world.reference(); env.reset(seed=1)
 print(processes._owner.folder, flush=True)
 """
 ENDINGS = {
-    "killed while playing": ("while True: batch.reset(); [batch.step(np.zeros(3, int)) for _ in range(20)]", signal.SIGKILL),
+    "killed while playing": (
+        "while True: batch.reset(); [batch.step(np.zeros(3, int)) for _ in range(20)]",
+        signal.SIGKILL,
+    ),
     "killed while idle": ("import time; time.sleep(60)", signal.SIGKILL),
     "Ctrl-C": ("while True: batch.reset(); [batch.step(np.zeros(3, int)) for _ in range(20)]", signal.SIGINT),
     "an exception": ("raise RuntimeError", None),
@@ -164,7 +167,9 @@ def check_ending(owner, sent):
         assert len(names) == 4
         assert len(game_processes(folder)) >= 4
         time.sleep(0.2)
-        os.killpg(owner.pid, sent) if sent == signal.SIGINT else owner.send_signal(sent)  # a terminal tells the whole group
+        os.killpg(owner.pid, sent) if sent == signal.SIGINT else owner.send_signal(
+            sent
+        )  # a terminal tells the whole group
     owner.wait(timeout=20)
     owner.stdout.close()
     deadline = time.monotonic() + 10
