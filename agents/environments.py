@@ -41,7 +41,7 @@ class World(Protocol):
     """What all parts know of a world.
 
     Attributes:
-        library: the distribution that the reference environment comes from. preprocessing, conditions: stamped into scores.
+        simulator: what `batch` is, as data say it. library: the distribution that the reference environment comes from. preprocessing, conditions: stamped into scores.
         action_size: A, of what M reads and a Box of actions holds. discrete: actions are whole numbers below A, int64 [n], and M
             reads them as one-hot vectors; else they are float32 [n, A] between `action_low` and `action_high`.
         survival: a step alive pays 1 and nothing else does, in dreams too, whatever M expects.
@@ -50,6 +50,7 @@ class World(Protocol):
 
     name: str
     env_id: str
+    simulator: str
     library: str
     preprocessing: str
     conditions: dict[str, Any]
@@ -79,6 +80,7 @@ class CarRacing:
 
     name = "carracing"
     env_id = "CarRacing-v3"
+    simulator = "twin"
     library = "gymnasium"
     preprocessing = "rows 0..83 of 96x96, area resize to 64x64x3 uint8"
     conditions: dict[str, Any] = {}  # noqa: RUF012
@@ -143,6 +145,7 @@ class DoomTakeCover:
 
     name = "doom"
     env_id = "VizdoomTakeCover-v1"
+    simulator = "160x120"
     library = "vizdoom"
     preprocessing = "320x240 (training: 160x120), area resize to 64x64x3 uint8"
     conditions: dict[str, Any] = {"skill": 4, "frame_skip": 1, "max_steps": 2100}  # noqa: RUF012

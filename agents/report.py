@@ -70,7 +70,7 @@ def _scores(page: Report, run: Run, clock: Callable[[Line], float]) -> None:
     lines = run.metrics()
     checks = [line for line in run.metrics("check") if "dream_mean" in line]
     tiles: dict[str, Any] = {}
-    page.section("Scores", "Full episodes of Gymnasium's own environment, on tracks that were not used in training.")
+    page.section("Scores", "Full episodes of the reference environment, on seeds that were not used in training.")
     if scores:
         best = max(scores, key=lambda score: (score["stage"] == "best", score["mean"]))
         spread = "" if best["std"] is None else f" ± {best['std']:.0f}"
@@ -95,7 +95,7 @@ def _scores(page: Report, run: Run, clock: Callable[[Line], float]) -> None:
             ]
             for score in scores
         ],
-        f"Preprocessing: {scores[0]['preprocessing']}. std with ddof 1; Student's interval of the mean.",
+        f"Preprocessing: {scores[0]['preprocessing']}. {json.dumps(scores[0].get('conditions', {}))}. std with ddof 1; Student's interval of the mean.",
     )  # fmt: skip
     _returns(page, scores)
 

@@ -59,7 +59,7 @@ def collect(
         meta = {
             "policy": unit["policy"],
             "env_id": world.env_id,
-            "simulator": "twin",
+            "simulator": world.simulator,
             "preprocessing": world.preprocessing,
         }
         with store.writer(unit["shard"], **meta) as writer:
