@@ -41,7 +41,8 @@ class World(Protocol):
     """What all parts know of a world.
 
     Attributes:
-        simulator: what `batch` is, as data say it. library: the distribution that the reference environment comes from. preprocessing, conditions: stamped into scores.
+        simulator: what `batch` is, written into the data it gives. library: the distribution that the reference environment comes
+            from. preprocessing, conditions: stamped into scores.
         action_size: A, of what M reads and a Box of actions holds. discrete: actions are whole numbers below A, int64 [n], and M
             reads them as one-hot vectors; else they are float32 [n, A] between `action_low` and `action_high`.
         survival: a step alive pays 1 and nothing else does, in dreams too, whatever M expects.
