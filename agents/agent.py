@@ -53,19 +53,22 @@ class Agent:
         """Actions for the environments' present frames.
 
         Args:
-            frames: as the reference environment gives them (CarRacing: uint8 [n, 96, 96, 3]).
+            frames: as the reference environment gives them (CarRacing: uint8 [n, 96, 96, 3]; DoomTakeCover: uint8 [n, 240, 320, 3]).
             rewards: float [n] that the last actions brought, for an M that reads rewards; without it M's own expectation stands in.
 
         Returns:
             float32 [n, A] or int64 [n], as the reference environment takes them.
 
         Raises:
-            UsageError: another number of frames than `reset` announced.
+            UsageError: another number of frames than `reset` announced, or frames of another environment.
         """
         if self.senses is None or len(frames) != self.senses.num_envs:
             known = "reset() was not called" if self.senses is None else f"reset() announced {self.senses.num_envs}"
             raise UsageError(f"{len(frames)} frames, but {known}.")
-        small = self.world.preprocess(np.asarray(frames))
+        try:
+            small = self.world.preprocess(np.asarray(frames))
+        except ValueError as error:
+            raise UsageError(f"This agent was trained in '{self.world.name}' ({self.world.env_id}): {error}") from error
         if rewards is not None:
             self.senses.reward = np.asarray(rewards, np.float32)
         actions = self.controller.act_numpy(self.params, self.senses.see(small))

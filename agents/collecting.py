@@ -12,7 +12,7 @@ import torch
 
 from .controller import ControllerConfig
 from .environments import make_world
-from .exploration import Exploration, NoisyController, RandomControllers, Wandering
+from .exploration import Exploration, NoisyChoices, NoisyController, RandomChoices, RandomControllers, Wandering
 from .worldmodel import Senses, unpack
 
 
@@ -26,7 +26,7 @@ def collect_unit(shared: dict[str, Any] | None, unit: dict[str, Any]) -> list[di
             "noisy" params float [P].
 
     Returns:
-        For each episode frames uint8 [T + 1, 64, 64, 3], actions float32 [T, A], rewards float32 [T], terminated, truncated, seed.
+        For each episode frames uint8 [T + 1, 64, 64, 3], actions float32 [T, A] (int64 [T, 1] of a discrete world), rewards float32 [T], terminated, truncated, seed.
     """
     seeds = unit["seeds"]
     batch = make_world(unit["world"]).batch(seeds, np.arange(len(seeds)))
@@ -62,7 +62,7 @@ def collect_unit(shared: dict[str, Any] | None, unit: dict[str, Any]) -> list[di
         {
             **e,
             "frames": np.stack(e["frames"]),
-            "actions": np.stack(e["actions"]),
+            "actions": np.stack(e["actions"]).reshape(len(e["actions"]), -1),
             "rewards": np.array(e["rewards"], np.float32),
         }
         for e in episodes
@@ -70,10 +70,15 @@ def collect_unit(shared: dict[str, Any] | None, unit: dict[str, Any]) -> list[di
 
 
 def _policy(unit: dict[str, Any], count: int, config: ControllerConfig) -> Exploration:
+    world = make_world(unit["world"])
     if unit["policy"] == "wandering":
-        return Wandering(count, unit["seed"])
+        return (
+            RandomChoices(count, unit["seed"], world.action_size) if world.discrete else Wandering(count, unit["seed"])
+        )
     if unit["policy"] == "random":
         return RandomControllers(count, unit["seed"], config)
     params = np.asarray(unit["params"])
     spread = float(np.sqrt(np.mean(params**2)))
+    if world.discrete:
+        return NoisyChoices(count, unit["seed"], config, params, error=0.4, parameter_noise=0.15 * spread)
     return NoisyController(count, unit["seed"], config, params, action_noise=0.4, parameter_noise=0.15 * spread)

@@ -6,7 +6,7 @@ A controller is only a way of reading a flat vector of parameters, so that evolu
 `Controller.act` runs K of them at once, each on its own R rows of features, as one batched matrix product.
 
 Shapes: K controllers, R rows (episodes) for each, F features, A actions, P parameters, O outputs of the last layer.
-A flat vector is laid out as [weight (O x F, row by row), bias (O)], layer after layer.
+A flat vector is laid out as [weight (O x F, row by row), bias (O, where there is one)], layer after layer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from oneira.platform.errors import ConfigError, DataError, did_you_mean
 
 OUTPUTS = {"carracing": 3, "threshold": 1}
 """Outputs of the last layer by action space; "softmax" has one for each choice."""
+LEFT_NOTHING_RIGHT = (2, 0, 1)  # as ViZDoom numbers them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,24 +31,30 @@ class ControllerConfig:
     """What a controller sees and what it moves.
 
     Args:
-        features: "zh" is the latent frame and the memory's hidden state, "z" the latent frame alone.
+        features: "zh" is the latent frame and the memory's hidden state, "z" the latent frame alone, "zch" has the memory's cell
+            state between the two.
         hidden: Width of one tanh layer in between; 0 is the paper's linear controller.
         z, memory: Sizes of z and h.
+        bias: whether outputs have one. The paper's Doom agent has none: z 64, c and h of 512, one output, 1,088 parameters.
         action_space: "carracing" gives steering in [-1, 1], gas in [0, 1], brake in [0, 1]; "threshold" reads one
-            output in (-1, 1) as three actions, split at -1/3 and 1/3 (the paper's Doom agent); "softmax" has one logit
-            for each action.
+            output in (-1, 1), split at -1/3 and 1/3, as left, nothing, right (the paper's Doom agent), numbered 2, 0, 1 as
+            ViZDoom does; "softmax" has one logit for each action.
         choices: Number of actions of "softmax".
     """
 
-    features: Literal["z", "zh"] = "zh"
+    features: Literal["z", "zh", "zch"] = "zh"
     hidden: int = 0
+    bias: bool = True
     z: int = 32
     memory: int = 256
     action_space: Literal["carracing", "threshold", "softmax"] = "carracing"
     choices: int = 3
 
     def __post_init__(self) -> None:
-        for name, allowed in (("features", ("z", "zh")), ("action_space", ("carracing", "threshold", "softmax"))):
+        for name, allowed in (
+            ("features", ("z", "zh", "zch")),
+            ("action_space", ("carracing", "threshold", "softmax")),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"The controller's {name} is {value!r}. {did_you_mean(str(value), allowed)}")
@@ -57,8 +64,8 @@ class ControllerConfig:
 
     @property
     def num_features(self) -> int:
-        """F: z, or z and h."""
-        return self.z + (self.memory if self.features == "zh" else 0)
+        """F: z; z and h; or z, c and h."""
+        return self.z + (len(self.features) - 1) * self.memory
 
     @property
     def num_outputs(self) -> int:
@@ -79,7 +86,7 @@ def layer_shapes(config: ControllerConfig) -> list[tuple[int, int]]:
 
 def num_parameters(config: ControllerConfig) -> int:
     """P: length of the flat vector; 867 for the paper's CarRacing agent (z 32, h 256, 3 actions)."""
-    return sum(outputs * (inputs + 1) for outputs, inputs in layer_shapes(config))
+    return sum(outputs * (inputs + config.bias) for outputs, inputs in layer_shapes(config))
 
 
 class Controller:
@@ -113,9 +120,13 @@ class Controller:
             if index:
                 x_KRF = torch.tanh(x_KRF)
             weight = params_KP[:, start : start + outputs * inputs].unflatten(1, (outputs, inputs))
-            bias = params_KP[:, start + outputs * inputs : start + outputs * (inputs + 1)]
-            x_KRF = torch.baddbmm(bias[:, None, :], x_KRF, weight.transpose(1, 2))
-            start += outputs * (inputs + 1)
+            start += outputs * inputs
+            if self.config.bias:
+                bias = params_KP[:, start : start + outputs]
+                x_KRF = torch.baddbmm(bias[:, None, :], x_KRF, weight.transpose(1, 2))
+                start += outputs
+            else:
+                x_KRF = torch.bmm(x_KRF, weight.transpose(1, 2))
         return x_KRF
 
     def act(self, params_KP: Tensor, features_KRF: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -147,7 +158,7 @@ def squash(outputs: Tensor, action_space: str, generator: torch.Generator | None
     squashed = torch.tanh(outputs)
     if action_space == "threshold":
         value = squashed[..., 0]
-        return (value > -1 / 3).long() + (value > 1 / 3).long()
+        return torch.tensor(LEFT_NOTHING_RIGHT)[(value > -1 / 3).long() + (value > 1 / 3).long()]
     steer, gas, brake = squashed.unbind(-1)
     return torch.stack([steer, (gas + 1) / 2, brake.clamp(0, 1)], -1)
 

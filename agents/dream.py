@@ -38,6 +38,7 @@ class DreamSource:
         decode: z float32 [B, Z] -> frames uint8 [B, 64, 64, 3].
         action_low, action_high: float32 [A], the world's.
         max_steps: length after which an episode is truncated.
+        survival: the reward of every step is 1 (see `environments.World`), not what M expects.
     """
 
     members: Sequence[MDNRNN | Mapping[str, Tensor | np.ndarray]]
@@ -47,6 +48,7 @@ class DreamSource:
     action_low: np.ndarray
     action_high: np.ndarray
     max_steps: int = 1000
+    survival: bool = False
 
     def __post_init__(self) -> None:
         missing = {"z", "h", "c", "reward_prev"} - set(self.starts)
@@ -120,7 +122,11 @@ class DreamVectorEnv(VectorEnv):
         self._source, self._obs = source, obs
         self._model = DreamModel(source.members, source.config)
         low, high = (np.asarray(x, np.float32) for x in (source.action_low, source.action_high))
-        self.single_action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        self.single_action_space: gymnasium.Space = (
+            gymnasium.spaces.Discrete(source.config.action)
+            if source.config.discrete
+            else gymnasium.spaces.Box(low, high, dtype=np.float32)
+        )
         if obs == "latent":
             bound = np.ones(source.config.z + source.config.hidden, np.float32)
             bound[: source.config.z] = _LATENT_BOUND  # h = o * tanh(c) lies in [-1, 1]
@@ -159,8 +165,8 @@ class DreamVectorEnv(VectorEnv):
         return self._observe(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Dream one step; actions float32 [num_envs, A]. UsageError before the first reset or for another shape."""
-        actions = np.asarray(actions, np.float32)
+        """Dream one step; actions float32 [num_envs, A], or int64 [num_envs]. UsageError before the first reset or for another shape."""
+        actions = np.asarray(actions, self.action_space.dtype)
         if not self._started or actions.shape != self.action_space.shape:
             raise UsageError(
                 f"step needs a reset first, and actions of shape {self.action_space.shape}; got {actions.shape}."
@@ -176,6 +182,10 @@ class DreamVectorEnv(VectorEnv):
         truncated = running & ~terminated & (self._steps >= self.max_steps)
         self._finished = terminated | truncated
         return self._observe(), rewards, terminated, truncated, {}
+
+    def features(self, names: str) -> np.ndarray:
+        """What a controller sees of the dreams as they are, float32 [n, F]: "z", "zh" or "zch", one part a letter."""
+        return np.concatenate([self._state[name] for name in names], 1)
 
     def render(self) -> tuple[np.ndarray, ...]:
         """V's picture of every dream, uint8 [64, 64, 3] each."""
@@ -194,6 +204,8 @@ class DreamVectorEnv(VectorEnv):
         z, h, c, reward_prev = (self._state[name][rows] for name in ("z", "h", "c", "reward_prev"))
         z, reward, done, h, c = self._model.step(z, actions, reward_prev, h, c, self.tau, noise, member=member)
         np.clip(z, -_LATENT_BOUND, _LATENT_BOUND, out=z)
+        if self._source.survival:
+            reward = np.ones_like(reward)
         for name, value in (("z", z), ("h", h), ("c", c), ("reward_prev", reward)):
             self._state[name][rows] = value
         return reward, noise.done < done
@@ -201,7 +213,7 @@ class DreamVectorEnv(VectorEnv):
     def _observe(self) -> np.ndarray:
         if self._obs == "pixels":
             return np.array(self._source.decode(self._state["z"]))
-        return np.concatenate([self._state["z"], self._state["h"]], 1)
+        return self.features("zh")
 
 
 class DreamEnv(gymnasium.Env):
@@ -237,7 +249,7 @@ class DreamEnv(gymnasium.Env):
         return observation[0], info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self._dream.step(np.asarray(action, np.float32)[None])
+        observation, reward, terminated, truncated, info = self._dream.step(np.asarray(action)[None])
         return observation[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from oneira.platform.errors import DataError, UsageError, did_you_mean
 
 from . import kernels
-from .memory import MDNRNN, MemoryConfig, pack_state_dict
+from .memory import MDNRNN, MemoryConfig, pack_state_dict, read_actions
 
 Array = np.ndarray
 Policy = Callable[[Tensor], "Tensor | Array"]
@@ -68,7 +68,7 @@ class _Member:
         self.mixture = tensors["mixture.weight"].t().contiguous().bfloat16()
         self.mixture_bias = tensors["mixture.bias"].numpy()
         self.outcome = tensors["outcome.weight"].contiguous().numpy()
-        self.outcome_bias = tensors["outcome.bias"].numpy()
+        self.outcome_bias = tensors["outcome.bias"].numpy() - np.array([0, config.done_bias], np.float32)
         if self.gates.shape != (config.inputs + config.hidden, 4 * config.hidden) or len(self.mixture_bias) != last:
             raise DataError(f"memory: the weights have shape {tuple(self.gates.shape)}, which is not that of {config}.")
 
@@ -86,6 +86,20 @@ class _Workspace:
         self.reward, self.done = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
         self.outer = torch.zeros(rows, columns - config.z - config.hidden)  # [a | r] in float32
         self.views = [kernels.bits(x) for x in (self.low, self.features, self.gates, self.mixture)]
+
+
+class _WithCell:
+    """[z | c | h] of a workspace's rows, for controllers that see the cell state too."""
+
+    def __init__(self, work: _Workspace, size_z: int) -> None:
+        self.zch = torch.empty(len(work.cell), size_z + 2 * work.cell.shape[1])
+        self._work, self._z, self._h = work, size_z, size_z + work.cell.shape[1]
+
+    def refresh(self) -> None:
+        """Copy the rows as they are now."""
+        self.zch[:, : self._z] = self._work.features[:, : self._z]
+        self.zch[:, self._z : self._h] = torch.from_numpy(self._work.cell)
+        self.zch[:, self._h :] = self._work.features[:, self._z :]
 
 
 class DreamModel:
@@ -122,7 +136,7 @@ class DreamModel:
         """One imagined step of B rows.
 
         Args:
-            z [B, Z], action [B, A], reward_prev [B], h [B, H], c [B, H]: the rows now.
+            z [B, Z], action [B, A] (discrete: int64 [B]), reward_prev [B], h [B, H], c [B, H]: the rows now.
             tau: temperature; 0 gives the likeliest component's mean, 1 the model's own distribution.
             noise: of R rows, R dividing B. member: whose dream it is.
 
@@ -133,7 +147,9 @@ class DreamModel:
         size_z = self.config.z
         work = self._workspace(len(z))
         self._enter(work, z, h, c)
-        self._advance(work, 0, len(z), torch.as_tensor(action), reward_prev, tau, noise, self._members[member])
+        self._advance(
+            work, 0, len(z), read_actions(action, self.config), reward_prev, tau, noise, self._members[member]
+        )
         features = work.features.numpy()
         return (
             features[:, :size_z].copy(),
@@ -155,13 +171,15 @@ class DreamModel:
         candidates: int = 1,
         termination: Literal["sampled", "threshold", "never"] = "sampled",
         stuck: int = 0,
+        with_cell: bool = False,
     ) -> Dreams:
         """Dream R rollouts for each of K candidates and add up their rewards.
 
         Args:
             starts: z [R, Z], h [R, H], c [R, H] and reward_prev [R]; every candidate starts from each of them.
-            policy: features float32 [K, R, F] -> actions [K, R, A]; called once a step, with a view that the next step
-                overwrites.
+            policy: features float32 [K, R, F] -> actions [K, R, A] (discrete: int64 [K, R]); called once a step, with a
+                view that the next step overwrites.
+            with_cell: the policy sees [z, c, h] instead of [z, h].
             horizon: steps. tau: temperature. seed: of all chance.
             termination: a row ends with the done probability ("sampled"), when that is above 1/2 ("threshold"), or
                 "never". The step that ends it still pays; later ones do not.
@@ -176,7 +194,8 @@ class DreamModel:
         )  # row = r * K + k: rows of one r, hence of one member and one noise, are neighbours
         work = self._workspace(rows)
         self._enter(work, *(np.repeat(starts[name], candidates, 0) for name in ("z", "h", "c")))
-        features = work.features.view(rollouts, candidates, -1).transpose(0, 1)
+        known = _WithCell(work, size_z) if with_cell else None
+        features = (known.zch if known else work.features).view(rollouts, candidates, -1).transpose(0, 1)
         reward = np.repeat(np.asarray(starts["reward_prev"], np.float32), candidates)
         keys, noise = kernels.row_keys(seed, rollouts), Noise.empty(rollouts, size_z)
         shares = self._shares(rollouts)
@@ -187,7 +206,9 @@ class DreamModel:
         )  # the return at the last progress, and its step
         for t in range(horizon):
             kernels.draw_noise(keys, np.full(rollouts, t), *noise)
-            action = torch.as_tensor(policy(features)).transpose(0, 1).reshape(rows, -1)
+            if known:
+                known.refresh()
+            action = read_actions(policy(features), self.config).transpose(0, 1).reshape(rows, -1)
             for low, high, member in shares:
                 part = Noise(*(x[low:high] for x in noise))
                 span = slice(low * candidates, high * candidates)

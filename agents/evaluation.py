@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Protocol
 
@@ -53,6 +53,7 @@ def score(
     env_id: str,
     env_version: str,
     preprocessing: str,
+    conditions: Mapping[str, Any],
     stage: str,
     wall_s: float,
     env_steps: int,
@@ -60,7 +61,7 @@ def score(
     """The JSON of `oneira evaluate`.
 
     std has ddof 1; ci95 is Student's interval of the mean. Both are None for a single episode, which says nothing of
-    spread. wall_s in seconds; env_steps over all episodes; versions of the libraries that a score may depend on.
+    spread. conditions: of the environment, such as its difficulty. wall_s in seconds; env_steps over all episodes; versions of the libraries that a score may depend on.
     """
     values = np.asarray(returns, np.float64)
     if not len(values) or len(values) != len(seeds):
@@ -78,6 +79,7 @@ def score(
         "env_id": env_id,
         "env_version": env_version,
         "preprocessing": preprocessing,
+        "conditions": dict(conditions),
         "stage": stage,
         "wall_s": round(float(wall_s), 3),
         "env_steps": int(env_steps),
@@ -107,6 +109,15 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(x @ y) / norm if norm else 0.0
 
 
+def promises_too_much(dream_per_step: float, real_per_step: float) -> bool:
+    """Whether a dream is exploited: it pays for a step more than half again what reality pays, and 0.3 beyond.
+
+    In a world of survival "a step" is a share of the longest episode: a dream of D steps against a reality of R, of 2,100 at most, is
+    suspect where D > 1.5 R + 630.
+    """
+    return dream_per_step > 0.3 + 1.5 * max(real_per_step, 0)
+
+
 def evaluate_reference(
     agent: Any, seeds: Sequence[int], executor: Any, *, world: str = "carracing", stage: str = "best"
 ) -> dict[str, Any]:
@@ -116,9 +127,14 @@ def evaluate_reference(
         agent: the tree that `agent_from_tree` reads: arrays and configs.
         seeds: one per episode, see `reported_seeds`.
         executor: of platform/executor.py.
-        stage: which controller this is: best, dream or real.
+        stage: which controller this is: best, dream or real, or a population's name.
+
+    Raises:
+        UsageError: the agent was trained in another world.
     """
     described = make_world(world)
+    if (own := agent.get("model", {}).get("world", world)) != world:
+        raise UsageError(f"This agent was trained in '{own}'; it cannot act in '{world}'.")
     started = time.monotonic()
     units = [list(seeds[i : i + EPISODES_PER_UNIT]) for i in range(0, len(seeds), EPISODES_PER_UNIT)]
     shared = executor.share({"key": digest(agent), "agent": agent, "world": world})
@@ -127,8 +143,9 @@ def evaluate_reference(
         [value for result in results for value in result["returns"]],
         seeds,
         env_id=described.env_id,
-        env_version=f"gymnasium {metadata.version('gymnasium')}",
+        env_version=f"{described.library} {metadata.version(described.library)}",
         preprocessing=described.preprocessing,
+        conditions=described.conditions,
         stage=stage,
         wall_s=time.monotonic() - started,
         env_steps=sum(sum(result["lengths"]) for result in results),
@@ -148,13 +165,13 @@ def evaluate_dream(
 
     started = time.monotonic()
     controller = agent_from_tree(agent)
-    size = run.config.controller.num_features
+    names = run.config.controller.features
     env = make_dream(dream_source(run), num_envs=len(seeds), obs="latent", tau=tau)
-    features, _ = env.reset(seed=[int(seed) for seed in seeds])
+    env.reset(seed=[int(seed) for seed in seeds])
     returns, running, steps = np.zeros(len(seeds)), np.ones(len(seeds), bool), 0
     while running.any():
-        actions = controller.controller.act_numpy(controller.params, features[:, :size])
-        features, rewards, terminated, truncated, _ = env.step(actions)
+        actions = controller.controller.act_numpy(controller.params, env.features(names))
+        _, rewards, terminated, truncated, _ = env.step(actions)
         returns += np.where(running, rewards, 0)
         steps += int(running.sum())
         running &= ~(terminated | truncated)
@@ -164,6 +181,7 @@ def evaluate_dream(
         env_id="oneira/Dream-v0",
         env_version=f"tau {tau}",
         preprocessing=make_world(run.config.world).preprocessing,
+        conditions={"tau": tau},
         stage=stage,
         wall_s=time.monotonic() - started,
         env_steps=steps,

@@ -2,7 +2,7 @@
 
     policy = Wandering(num_envs=16, seed=unit_seed)
     policy.reset(ended)                   # new habits for the environments whose episode ended
-    actions = policy.act(features)        # float32 [n, A], in the environment's range
+    actions = policy.act(features)        # float32 [n, A] in the environment's range, or int64 [n]
 
 Each episode draws its habits anew (speed, nervousness, strength of noise), because a world model must have seen the
 good and the bad of driving, and one average driver shows neither. All numbers come from one generator, seeded by the
@@ -31,7 +31,7 @@ class Exploration(Protocol):
         """Draw new habits for the environments in `mask` (bool [n]), or for all."""
 
     def act(self, features: np.ndarray | None) -> np.ndarray:
-        """Actions float32 [n, A] for features float32 [n, F]; policies that do not look take None."""
+        """Actions float32 [n, A] or int64 [n] for features float32 [n, F]; policies that do not look take None."""
 
 
 class CorrelatedNoise:
@@ -104,6 +104,81 @@ class Wandering:
         braking = self._braking > 0
         action = np.stack([steer, np.where(braking, 0, gas), np.where(braking, self._brake_force, 0)], 1)
         return np.clip(action, LOW, HIGH).astype(np.float32)
+
+
+class RandomChoices:
+    """Acts at random among whole numbers, and stays with what it chose: discrete worlds' wandering.
+
+    Habits of an episode: how long an action lasts on average (1 to 32 steps, every octave as likely; lengths are geometric), and how
+    much it likes each of them (uniform over all distributions).
+
+    Args:
+        choices: number of actions.
+    """
+
+    def __init__(self, num_envs: int, seed: int | list[int], choices: int) -> None:
+        self.num_envs, self.choices = num_envs, choices
+        self._generator = np.random.default_rng(seed)
+        self._change, self._upto = np.zeros(num_envs), np.zeros((num_envs, choices))
+        self._action = np.zeros(num_envs, np.int64)
+        self.reset()
+
+    def reset(self, mask: np.ndarray | None = None) -> None:
+        """See `Exploration.reset`."""
+        mask = _whole(mask, self.num_envs)
+        change = 1 / log_uniform(self._generator, 1, 32, (self.num_envs,))
+        upto = self._generator.dirichlet(np.ones(self.choices), self.num_envs).cumsum(1)
+        self._change[mask], self._upto[mask] = change[mask], upto[mask]
+        self._action[mask] = self._drawn()[mask]
+
+    def act(self, features: np.ndarray | None = None) -> np.ndarray:
+        """Actions int64 [n]; it does not look."""
+        changes = self._generator.random(self.num_envs) < self._change
+        self._action = np.where(changes, self._drawn(), self._action)
+        return self._action
+
+    def _drawn(self) -> np.ndarray:
+        below = self._generator.random((self.num_envs, 1)) >= self._upto[:, :-1]
+        return below.sum(1)
+
+
+class NoisyChoices:
+    """A trained controller of discrete actions that errs: now and then another will takes over for a while; noise on parameters.
+
+    An episode's share of errors is uniform in [0, error]; each lasts 8 steps on average and acts as `RandomChoices` does.
+
+    Args:
+        params: float [P] of the controller. parameter_noise: as `NoisyController`'s.
+    """
+
+    def __init__(
+        self, num_envs: int, seed: int, config: ControllerConfig, params: np.ndarray, error: float, parameter_noise: float
+    ) -> None:  # fmt: skip
+        self.num_envs, self._error, self._parameter_noise = num_envs, error, parameter_noise
+        self._controller, self._base = Controller(config), np.array(params, dtype=np.float64)
+        self._generator = np.random.default_rng(seed)
+        self._other = RandomChoices(num_envs, [seed, 1], config.choices)
+        self._share, self._erring = np.zeros(num_envs), np.zeros(num_envs, bool)
+        self._params = np.zeros((num_envs, self._controller.num_parameters), dtype=np.float32)
+        self.reset()
+
+    def reset(self, mask: np.ndarray | None = None) -> None:
+        """See `Exploration.reset`."""
+        mask = _whole(mask, self.num_envs)
+        draw, n = self._generator, self.num_envs
+        share = draw.uniform(0, self._error, n)
+        drawn = draw.uniform(0, 1, (n, 1)) * self._parameter_noise * draw.standard_normal(self._params.shape)
+        self._share[mask], self._erring[mask] = share[mask], False
+        self._params[mask] = (self._base + drawn)[mask]
+        self._other.reset(mask)
+
+    def act(self, features: np.ndarray | None) -> np.ndarray:
+        """Actions int64 [n]."""
+        own, other = _act_each(self._controller, self._params, features), self._other.act()
+        ends = 1 / 8
+        begins = ends * self._share / (1 - self._share)  # so that the stationary share is that of the episode
+        self._erring = self._generator.random(self.num_envs) < np.where(self._erring, 1 - ends, begins)
+        return np.where(self._erring, other, own)
 
 
 class RandomControllers:

@@ -97,6 +97,8 @@ def dream_unit(shared: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
         return controller.act(params, features_KRF)
 
     dreams = dream_model(model).rollout(
-        starts, policy, unit["horizon"], unit["tau"], unit["seed"], candidates=len(params), stuck=unit["stuck"]
-    )
-    return {"returns": dreams.returns.astype(np.float64), "env_steps": int(dreams.lengths.sum())}
+        starts, policy, unit["horizon"], unit["tau"], unit["seed"], candidates=len(params),
+        stuck=unit["stuck"], with_cell=model.controller.features == "zch",
+    )  # fmt: skip
+    returns = dreams.lengths if make_world(model.world).survival else dreams.returns
+    return {"returns": returns.astype(np.float64), "env_steps": int(dreams.lengths.sum())}

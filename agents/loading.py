@@ -45,4 +45,5 @@ def dream_source(run: Run | str | Path) -> DreamSource:
         action_low=world.action_low,
         action_high=world.action_high,
         max_steps=world.max_steps,
+        survival=world.survival,
     )

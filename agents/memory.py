@@ -32,15 +32,21 @@ class MemoryConfig:
     """Shape and loss of M. Ensembles are several MDNRNNs of one config, trained from different seeds.
 
     Args:
+        action: numbers of an action that M reads. discrete: actions are whole numbers below `action`, and M reads them as one-hot
+            vectors, which say nothing of an order or a distance between them (`read_actions`).
         reward_input: whether M reads the previous reward; without it the input is the paper's [z, a].
         reward_scale: the rewards of the world are divided by this before M sees or predicts them.
         done_weight: weight of the termination loss.
-        done_positive_weight: of terminating steps within it, as in the paper's Doom code.
+        done_positive_weight: of terminating steps within it, as in the paper's Doom code. A weight w makes M believe in odds w
+            times the true ones; predictions and dreams take that back, so that their probabilities are those of the data.
+        posterior: share of the posterior's deviation with which V's z is drawn, in training and for the starts of dreams. 1 is the paper's;
+            less lets M see speed and curvature at once that it must else average out of the noise (docs/LOG.md).
         dropout: chance of zeroing an output feature of the LSTM while training.
     """
 
     z: int = 32
     action: int = 3
+    discrete: bool = False
     hidden: int = 256
     mixtures: int = 5
     reward_input: bool = True
@@ -48,6 +54,7 @@ class MemoryConfig:
     reward_weight: float = 1.0
     done_weight: float = 1.0
     done_positive_weight: float = 1.0
+    posterior: float = 1.0
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -57,15 +64,33 @@ class MemoryConfig:
         for name in ("reward_scale", "done_positive_weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"memory: {name} is {getattr(self, name)}; it must be above 0.")
-        for name in ("reward_weight", "done_weight"):
+        for name in ("reward_weight", "done_weight", "posterior"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"memory: {name} is {getattr(self, name)}; it must be at least 0.")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"memory: dropout is {self.dropout}; it must be in [0, 1).")
 
     @property
+    def done_bias(self) -> float:
+        """What the weight of terminating steps adds to the logit of termination."""
+        return math.log(self.done_positive_weight)
+
+    @property
     def inputs(self) -> int:
         return self.z + self.action + int(self.reward_input)
+
+
+def read_actions(actions: np.ndarray | Tensor, config: MemoryConfig) -> Tensor:
+    """Actions as M reads them, float32 [..., A].
+
+    Args:
+        actions: [..., A]; discrete ones int64 [...], or as a rollout store keeps them, float32 [..., 1].
+    """
+    given = torch.as_tensor(actions)
+    if not config.discrete:
+        return given.float()
+    whole = given[..., 0].long() if given.is_floating_point() else given
+    return F.one_hot(whole, config.action).float()
 
 
 class Prediction(NamedTuple):
@@ -101,7 +126,7 @@ class MDNRNN(nn.Module):
         """Predict along real inputs.
 
         Args:
-            z: [B, T, Z]. action: [B, T, A]. reward_prev: [B, T], the reward that came before each step.
+            z: [B, T, Z]. action: [B, T, A], or as `read_actions` takes them. reward_prev: [B, T], the reward that came before each step.
             state: of step 0; zeros if None.
 
         Returns:
@@ -115,7 +140,7 @@ class MDNRNN(nn.Module):
         """States along real sequences that start episodes (or go on from `state`, whose previous reward counts as 0).
 
         Args:
-            z: [B, T, Z]. action: [B, T, A]. reward: [B, T], the reward r_t each action brought.
+            z: [B, T, Z]. action: see `forward`. reward: [B, T], the reward r_t each action brought.
 
         Returns:
             h and c, both float32 [B, T + 1, H]: index t is the state at time t, made of inputs up to t - 1.
@@ -127,7 +152,7 @@ class MDNRNN(nn.Module):
 
         Args:
             batch: mu, logvar [B, T+1, Z]: the encoder's posterior, sampled anew at every call (section A.2);
-                action [B, T, A]; reward, done, valid [B, T].
+                action [B, T, A], or as `read_actions` takes them; reward, done, valid [B, T].
                 Steps with valid 0 count nothing; they must follow the valid ones.
 
         Returns:
@@ -135,10 +160,11 @@ class MDNRNN(nn.Module):
         """
         config = self.config
         device = self.mixture.weight.device
+        batch = {**batch, "action": read_actions(batch["action"], config)}
         batch = {name: torch.as_tensor(value).to(device).float().transpose(0, 1) for name, value in batch.items()}
         mu, reward, valid = batch["mu"], batch["reward"] / config.reward_scale, batch["valid"]
         noise = torch.randn(mu.shape, generator=generator, device=device)
-        z = mu + torch.exp(0.5 * batch["logvar"]) * noise
+        z = mu + config.posterior * torch.exp(0.5 * batch["logvar"]) * noise
         before = torch.cat([torch.zeros_like(reward[:1]), reward[:-1]])
         inputs = torch.cat([z[:-1], batch["action"], *([before.unsqueeze(-1)] if config.reward_input else [])], -1)
         hidden = self._hidden_for_training(inputs)  # time-major, as everything here
@@ -159,7 +185,7 @@ class MDNRNN(nn.Module):
         return total, {"nll": nll.detach(), "reward_mse": reward_mse.detach(), "done_bce": done.detach()}
 
     def _inputs(self, z: Tensor, action: Tensor, reward_prev: Tensor) -> Tensor:
-        parts = [z, action]
+        parts = [z, read_actions(action, self.config)]
         if self.config.reward_input:
             parts.append((reward_prev / self.config.reward_scale).unsqueeze(-1))
         return torch.cat([part.float() for part in parts], -1)
@@ -174,7 +200,13 @@ class MDNRNN(nn.Module):
         logits, means, log_sigmas = self.mixture(hidden).float().view(shape).unbind(-3)
         reward, done_logit = self._outcome(hidden).unbind(-1)
         log_sigmas = log_sigmas.clamp(min=kernels.LOG_SIGMA_MIN)
-        return Prediction(F.log_softmax(logits, -2), means, log_sigmas, reward * self.config.reward_scale, done_logit)
+        return Prediction(
+            F.log_softmax(logits, -2),
+            means,
+            log_sigmas,
+            reward * self.config.reward_scale,
+            done_logit - self.config.done_bias,
+        )
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
         weight_in, weight_rec, bias_in, bias_rec = self._cell()

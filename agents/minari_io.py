@@ -20,6 +20,7 @@ import numpy as np
 
 from oneira.platform.errors import DataError, EnvironmentMissing, UsageError
 
+from .environments import WORLDS
 from .rollouts import Episode, RolloutStore
 
 SHARDS_KEY = "oneira_shards"
@@ -59,7 +60,7 @@ def export_minari(
     storage = MinariStorage.new(
         temporary / "data",
         observation_space=gymnasium.spaces.Box(0, 255, store.frames(np.zeros(1, np.int64)).shape[1:], np.uint8),
-        action_space=_action_space(spec, store.actions.shape[1]),
+        action_space=_action_space(metas, spec, store.actions.shape[1]),
         env_spec=spec,
         jpeg_encoding=False,
     )
@@ -76,7 +77,8 @@ def export_minari(
             ],
         }
     )
-    storage.update_episodes(_buffer(store, episode) for episode in store.episodes())
+    whole = isinstance(storage.action_space, gymnasium.spaces.Discrete)
+    storage.update_episodes(_buffer(store, episode, whole) for episode in store.episodes())
     temporary.rename(final)
     return final
 
@@ -146,14 +148,15 @@ def _root(root: Path | None) -> Path:
     return Path(root) if root is not None else get_dataset_path()
 
 
-def _buffer(store: RolloutStore, episode: Episode) -> Any:
+def _buffer(store: RolloutStore, episode: Episode, whole: bool) -> Any:
+    """The episode as Minari writes it; `whole`: actions are numbers, int64 [T]."""
     from minari.data_collector import EpisodeBuffer
 
     steps = slice(episode.first_step, episode.first_step + episode.length)
     return EpisodeBuffer(
         seed=None if episode.seed < 0 else episode.seed,
         observations=store.frames(np.arange(episode.first_frame, episode.first_frame + episode.length + 1)),
-        actions=store.actions[steps],
+        actions=store.actions[steps, 0].astype(np.int64) if whole else store.actions[steps],
         rewards=store.rewards[steps],
         terminations=store.terminated[steps],
         truncations=store.truncated[steps],
@@ -190,7 +193,13 @@ def _env_spec(metas: dict[str, dict[str, Any]]) -> gymnasium.envs.registration.E
     return gymnasium.spec(env_id) if not ids and env_id in gymnasium.registry else None
 
 
-def _action_space(spec: gymnasium.envs.registration.EnvSpec | None, width: int) -> gymnasium.Space:
+def _action_space(
+    metas: dict[str, dict[str, Any]], spec: gymnasium.envs.registration.EnvSpec | None, width: int
+) -> gymnasium.Space:
+    ids = {meta.get("env_id") for meta in metas.values()}
+    for world in (make() for make in WORLDS.values()):
+        if ids == {world.env_id} and world.discrete:
+            return gymnasium.spaces.Discrete(world.action_size)
     if spec is not None:
         env = gymnasium.make(spec)
         space = env.action_space

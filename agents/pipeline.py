@@ -23,10 +23,11 @@ from oneira.platform.executor import Executor
 from oneira.platform.runs import Run
 
 from .environments import make_world
-from .evaluation import DEFAULT_SEED, evaluate_reference, rank_correlation, reported_seeds
+from .evaluation import DEFAULT_SEED, evaluate_reference, promises_too_much, rank_correlation, reported_seeds
 from .evolution import Population
 from .evolving import evolve, seed_of, track_seeds
 from .fitness import dream_unit, real_unit
+from .populations import score_populations
 from .settings import PopulationConfig, WorldModelConfig
 from .stages import collect, fit_memory, fit_vision, packed_model
 
@@ -41,6 +42,9 @@ def train(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, A
     for index in range(len(config.rounds)):
         shared, populations, controllers = _round(config, index, run, executor, shared, populations, controllers)
     scores = _final_scores(config, run, executor)
+    if config.population_episodes:
+        with _timed(run, executor, "populations", len(config.rounds)):
+            score_populations(config, run, executor)
     with _timed(run, executor, "film", len(config.rounds)):
         _pictures(config, run)
     return {**scores, "seconds": sum(line["seconds"] for line in run.metrics("stage"))}
@@ -88,7 +92,7 @@ def _timed(run: Run, executor: Executor, stage: str, index: int) -> Iterator[Non
     """Log how long a stage took, here and now (a resumed stage counts what this process spent on it), and how long units of work ran."""
     began, worked = time.perf_counter(), executor.core_seconds
     yield
-    order = ("collect", "vision", "memory", "evolve", "check", "score", "film")
+    order = ("collect", "vision", "memory", "evolve", "check", "score", "film", "populations")
     run.log(
         "stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began,
         core_seconds=executor.core_seconds - worked, cores=num_cores(),
@@ -143,7 +147,7 @@ def alarm(correlation: float, dream_per_step: float, real_per_step: float) -> bo
     It rings when the order in which the dream puts candidates says nothing about their order in reality (rank correlation at most 0),
     or when the dream promises more than half again what reality pays for a step, and 0.3 beyond.
     """
-    return correlation <= 0 or dream_per_step > 0.3 + 1.5 * max(real_per_step, 0)
+    return correlation <= 0 or promises_too_much(dream_per_step, real_per_step)
 
 
 def _carry_over(run: Run, index: int) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
@@ -162,7 +166,7 @@ def _measure(
     if world == "real":
         seeds = track_seeds(episodes, config.seed, *place)
         half = -(-episodes // 2)
-        common = {"params": np.asarray(params, np.float32), "max_steps": 1000, "stuck": 0}
+        common = {"params": np.asarray(params, np.float32), "max_steps": make_world(config.world).max_steps, "stuck": 0}
         units = [{**common, "seeds": part} for part in (seeds[:half], seeds[half:]) if part]
         answers = executor.map(real_unit, shared, units)
         return np.concatenate([a["returns"] for a in answers], 1)

@@ -108,13 +108,14 @@ def real_frames(agent: Agent, seed: int, *, world: str = "carracing", view: str 
 
 
 def enlarge(frame: np.ndarray, height: int = HEIGHT) -> np.ndarray:
-    """uint8 [h, w, 3] -> [height, about w * height / h, 3]: whole pixels where small frames grow by a whole number."""
+    """uint8 [h, w, 3] -> [height, about w * height / h, 3]: whole pixels where frames grow by a whole number."""
     import cv2
 
     if frame.shape[0] == height:
         return frame
     width = round(frame.shape[1] * height / frame.shape[0])
-    method = cv2.INTER_NEAREST if height > frame.shape[0] else cv2.INTER_AREA
+    grows = cv2.INTER_NEAREST if height % frame.shape[0] == 0 else cv2.INTER_LINEAR
+    method = grows if height > frame.shape[0] else cv2.INTER_AREA
     return cv2.resize(frame, (width, height), interpolation=method)
 
 

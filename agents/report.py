@@ -33,6 +33,8 @@ from oneira.platform.errors import DataError
 from oneira.platform.report import COLOURS, INK, Report, chart_style
 from oneira.platform.runs import Run
 
+from .populations import add_populations
+
 Line = dict[str, Any]
 ALARM = "#d1495b"
 POINTS = 600  # of a curve; more cannot be seen and make a heavy file
@@ -52,6 +54,7 @@ def build_report(run: Run) -> Path:
     _films(page, run)
     _fitness(page, run, clock)
     _reality(page, run)
+    add_populations(page, run)
     _vision(page, run)
     _memory(page, run)
     _time(page, run)
@@ -67,7 +70,7 @@ def _scores(page: Report, run: Run, clock: Callable[[Line], float]) -> None:
     lines = run.metrics()
     checks = [line for line in run.metrics("check") if "dream_mean" in line]
     tiles: dict[str, Any] = {}
-    page.section("Scores", "Full episodes of Gymnasium's own environment, on tracks that were not used in training.")
+    page.section("Scores", "Full episodes of the reference environment, on seeds that were not used in training.")
     if scores:
         best = max(scores, key=lambda score: (score["stage"] == "best", score["mean"]))
         spread = "" if best["std"] is None else f" ± {best['std']:.0f}"
@@ -92,7 +95,7 @@ def _scores(page: Report, run: Run, clock: Callable[[Line], float]) -> None:
             ]
             for score in scores
         ],
-        f"Preprocessing: {scores[0]['preprocessing']}. std with ddof 1; Student's interval of the mean.",
+        f"Preprocessing: {scores[0]['preprocessing']}. {json.dumps(scores[0].get('conditions', {}))}. std with ddof 1; Student's interval of the mean.",
     )  # fmt: skip
     _returns(page, scores)
 

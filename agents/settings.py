@@ -136,7 +136,8 @@ class WorldModelConfig:
         window: steps of the sequences that M learns from. ensemble: memories in the dream. starts: moments in the data at which
             dreams may begin. checks: tracks on which the mean of each population is measured at the end of a round.
         check_episodes: tracks of the reference environment on which the run's best controllers are scored at its end.
-        film_steps: length of the report's film of the real world and the dream; 0 makes none.
+        population_episodes: of the reference environment and of the dream on which each population of the last round is scored;
+            0: none. film_steps: length of the report's film of the real world and the dream; 0 makes none.
     """
 
     world: str = "carracing"
@@ -149,11 +150,22 @@ class WorldModelConfig:
     starts: int = 2048
     checks: int = 32
     check_episodes: int = 16
+    population_episodes: int = 0
     film_steps: int = 500
     rounds: tuple[RoundConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least(self, seed=0, ensemble=1, window=2, starts=1, checks=2, check_episodes=0, film_steps=0)
+        _at_least(
+            self,
+            seed=0,
+            ensemble=1,
+            window=2,
+            starts=1,
+            checks=2,
+            check_episodes=0,
+            population_episodes=0,
+            film_steps=0,
+        )
         if self.world not in WORLDS:
             raise ConfigError(f"unknown environment '{self.world}'. {did_you_mean(self.world, WORLDS)}")
         if not (self.vision.z == self.memory.z == self.controller.z):
@@ -163,6 +175,15 @@ class WorldModelConfig:
         if self.controller.memory != self.memory.hidden:
             raise ConfigError(
                 f"the controller expects h of {self.controller.memory}, the memory's is {self.memory.hidden}."
+            )
+        if (self.memory.discrete, self.memory.action) != (
+            (world := WORLDS[self.world]).discrete,
+            world.action_size,
+        ) or self.controller.discrete != world.discrete:
+            raise ConfigError(
+                f"world '{self.world}' takes {'discrete' if world.discrete else 'continuous'} actions of size {world.action_size}; "
+                f"memory.discrete is {self.memory.discrete}, memory.action {self.memory.action}, controller.action_space "
+                f"'{self.controller.action_space}'."
             )
         if not self.rounds or not self.rounds[0].collect.episodes or self.rounds[0].vision is None:
             raise ConfigError("a run needs a first round that collects episodes and trains V.")
@@ -174,6 +195,7 @@ class WorldModelConfig:
             starts=64,
             checks=4,
             check_episodes=min(self.check_episodes, 2),
+            population_episodes=min(self.population_episodes, 2),
             film_steps=min(self.film_steps, 50),
             rounds=tuple(_smoke_round(r) for r in self.rounds[:2]),
         )

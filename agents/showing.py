@@ -15,6 +15,7 @@ from oneira.platform.runs import Run
 from .agent import load_agent
 from .controller import Controller
 from .dream import make_dream
+from .environments import make_world
 from .loading import dream_source
 from .pipeline import newest
 from .recording import real_frames, side_by_side, write_video
@@ -46,11 +47,11 @@ def dream_frames(run: Run, seed: int, steps: int = 1000, tau: float = 1.0) -> It
     controller = Controller(run.config.controller)
     source = dream_source(run)
     env = make_dream(source, num_envs=1, obs="latent", tau=tau, seed=seed)
-    features, _ = env.reset(seed=seed)
-    size = run.config.controller.num_features
+    env.reset(seed=seed)
     for _ in range(steps):
-        yield source.decode(features[:, : run.config.vision.z])[0]
-        features, _, terminated, truncated, _ = env.step(controller.act_numpy(agent.params, features[:, :size]))
+        yield source.decode(env.features("z"))[0]
+        known = env.features(run.config.controller.features)
+        _, _, terminated, truncated, _ = env.step(controller.act_numpy(agent.params, known))
         if terminated[0] or truncated[0]:
             return
 
@@ -68,4 +69,4 @@ def film(run: Run, path: Path, *, world: str = "both", seed: int = 0, steps: int
         panels.append(("reality", islice(real_frames(load_agent(run), seed, world=run.config.world), steps)))
     if world != "real":
         panels.append(("dream", islice(dream_frames(run, seed), steps)))
-    return write_video(path, side_by_side(panels))
+    return write_video(path, side_by_side(panels), fps=make_world(run.config.world).fps)

@@ -64,7 +64,7 @@ def collect(
         meta = {
             "policy": unit["policy"],
             "env_id": world.env_id,
-            "simulator": "twin",
+            "simulator": world.simulator,
             "preprocessing": world.preprocessing,
         }
         with store.writer(unit["shard"], **meta) as writer:
@@ -268,15 +268,17 @@ def _remembered(
         part = episodes[first : first + 32]
         longest = max(e.length for e in part)
         z = np.zeros((len(part), longest + 1, memory.config.z), np.float32)
-        actions = np.zeros((len(part), longest, memory.config.action), np.float32)
+        actions = np.zeros((len(part), longest, *store.actions.shape[1:]), np.float32)
         rewards = np.zeros((len(part), longest), np.float32)
         for i, e in enumerate(part):
             rows = latents.gather(np.arange(e.first_frame, e.first_frame + e.length + 1))
             mu, logvar = np.asarray(rows["mu"], np.float32), np.asarray(rows["logvar"], np.float32)
-            z[i, : e.length + 1] = mu + np.exp(0.5 * logvar) * rng.standard_normal(mu.shape, dtype=np.float32)
+            deviation = np.float32(memory.config.posterior) * np.exp(0.5 * logvar)
+            z[i, : e.length + 1] = mu + deviation * rng.standard_normal(mu.shape, dtype=np.float32)
             actions[i, : e.length] = store.actions[e.first_step : e.first_step + e.length]
             rewards[i, : e.length] = store.rewards[e.first_step : e.first_step + e.length]
-        h, c = (x.numpy() for x in memory.observe(*(torch.from_numpy(x) for x in (z[:, :-1], actions, rewards))))
+        z_BTZ, actions_BTA, rewards_BT = (torch.from_numpy(x) for x in (z[:, :-1], actions, rewards))
+        h, c = (x.numpy() for x in memory.observe(z_BTZ, actions_BTA, rewards_BT))
         for i, e in enumerate(part):
             yield z[i, : e.length + 1], rewards[i, : e.length], h[i, : e.length + 1], c[i, : e.length + 1]
 

@@ -22,7 +22,7 @@ from oneira.platform.config import from_dict, to_dict
 from . import kernels
 from .controller import ControllerConfig
 from .dreaming import DreamModel, _Member
-from .memory import MDNRNN, MemoryConfig, pack_state_dict
+from .memory import MDNRNN, MemoryConfig, pack_state_dict, read_actions
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -116,23 +116,26 @@ class Senses:
             "member", model, lambda: _Member(pack_state_dict(model.members[0]), model.members[0].config)
         )
         self.config = model.members[0].config
-        self.with_memory = model.controller.features == "zh"
+        self.with_memory = model.controller.features != "z"
+        self.with_cell = model.controller.features == "zch"
         self.num_envs = num_envs
         self.reward = np.zeros(num_envs, np.float32)  # what the last step brought; M's expectation where nobody says
         self._known = np.zeros((num_envs, self.config.z + self.config.hidden), np.float32)
         self._cell = np.zeros((num_envs, self.config.hidden), np.float32)
 
     def see(self, frames: np.ndarray) -> np.ndarray:
-        """frames uint8 [n, 64, 64, 3] -> features float32 [n, F]: [z, h], or z alone; a view that the next call overwrites."""
+        """frames uint8 [n, 64, 64, 3] -> features float32 [n, F] as the controller takes them, perhaps a view that the next call overwrites."""
         size = self.config.z
         self._known[:, :size] = np.asarray(self.encode(frames)[0])
+        if self.with_cell:
+            return np.concatenate([self._known[:, :size], self._cell, self._known[:, size:]], 1)
         return self._known if self.with_memory else self._known[:, :size]
 
     def remember(self, actions: np.ndarray, rewards: np.ndarray | None = None) -> None:
-        """Take in the step: actions float32 [n, A]; `rewards` float [n] is what they brought, which M reads at the next step."""
+        """Take in the step: actions float32 [n, A] or int64 [n]; `rewards` float [n] is what they brought, which M reads at the next step."""
         config = self.config
         if self.with_memory:
-            parts = [torch.from_numpy(self._known), torch.from_numpy(np.asarray(actions, np.float32))]
+            parts = [torch.from_numpy(self._known), read_actions(actions, config)]
             if config.reward_input:
                 parts.append(torch.from_numpy(self.reward / np.float32(config.reward_scale))[:, None])
             low = torch.cat(parts, 1).bfloat16()

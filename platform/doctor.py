@@ -48,6 +48,7 @@ MODULES = (
     ("tensorboard", "tensorboard", True, "curves"),
     ("ray", "'ray[default,serve]>=2.56'", False, "clusters; without it use --executor serial"),
     ("minari", "'oneira[minari]'", False, "exchange of rollouts"),
+    ("vizdoom", "'oneira[doom]'", False, "DoomTakeCover"),
 )
 
 

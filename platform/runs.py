@@ -28,7 +28,18 @@ from .errors import ConfigError, DataError, UsageError, did_you_mean
 from .presets import load_preset
 
 RUNS = Path("runs")
-LIBRARIES = ("oneira", "torch", "numpy", "gymnasium", "box2d", "numba", "cma", "ray", "opencv-python-headless")
+LIBRARIES = (
+    "oneira",
+    "torch",
+    "numpy",
+    "gymnasium",
+    "box2d",
+    "numba",
+    "cma",
+    "ray",
+    "opencv-python-headless",
+    "vizdoom",
+)
 
 
 class Run:

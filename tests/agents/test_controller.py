@@ -14,6 +14,7 @@ CONFIGS = [
     ControllerConfig(features="z"),
     ControllerConfig(hidden=16),
     ControllerConfig(z=8, memory=12, action_space="threshold"),
+    ControllerConfig(z=8, memory=12, features="zch", bias=False, hidden=5, action_space="threshold"),
     ControllerConfig(z=8, memory=12, action_space="softmax", choices=4),
     ControllerConfig(features="z", hidden=5, action_space="softmax"),
 ]
@@ -31,14 +32,16 @@ def by_hand(config: ControllerConfig, params: np.ndarray, features: np.ndarray) 
     for index, (rows, columns) in enumerate(layer_shapes(config)):
         x = np.tanh(x) if index else x
         weight = params[start : start + rows * columns].reshape(rows, columns).astype(np.float64)
-        x = weight @ x + params[start + rows * columns : start + rows * columns + rows]
-        start += rows * (columns + 1)
+        start += rows * columns
+        x = weight @ x
+        if config.bias:
+            x, start = x + params[start : start + rows], start + rows
     assert start == params.size, "every parameter has its place"
     if config.action_space == "softmax":
         return np.argmax(x)
     x = np.tanh(x)
     if config.action_space == "threshold":
-        return np.digitize(x[0], [-1 / 3, 1 / 3])
+        return [2, 0, 1][np.digitize(x[0], [-1 / 3, 1 / 3])]
     return np.array([x[0], (x[1] + 1) / 2, max(x[2], 0)])
 
 
@@ -58,6 +61,8 @@ def test_a_batch_of_controllers_is_each_one_by_hand(config):
 
 def test_sizes_are_the_papers():
     assert num_parameters(ControllerConfig()) == 867
+    doom = ControllerConfig(features="zch", z=64, memory=512, action_space="threshold", bias=False)
+    assert num_parameters(doom) == 1088
     assert num_parameters(ControllerConfig(features="z")) == 99
     assert num_parameters(ControllerConfig(hidden=10)) == 10 * 289 + 3 * 11
 
@@ -75,7 +80,7 @@ def test_thresholds_are_at_a_third():
     controller = Controller(ControllerConfig(features="z", z=1, action_space="threshold"))
     params = torch.tensor([[1.0, 0.0]])
     values = torch.atanh(torch.tensor([-0.9, -0.34, -0.32, 0.0, 0.32, 0.34, 0.9]))
-    assert controller.act(params, values[None, :, None])[0].tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert controller.act(params, values[None, :, None])[0].tolist() == [2, 2, 0, 0, 0, 1, 1]  # left, nothing, right
 
 
 def test_softmax_draws_follow_the_distribution_and_the_seed():

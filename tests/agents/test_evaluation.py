@@ -17,7 +17,7 @@ from oneira.platform.errors import UsageError
 from oneira.platform.executor import SerialExecutor
 
 CONDITIONS = {
-    "env_id": "CarRacing-v3", "env_version": "gymnasium 1.4.0", "preprocessing": "none", "stage": "best",
+    "env_id": "CarRacing-v3", "env_version": "gymnasium 1.4.0", "preprocessing": "none", "conditions": {"skill": 4}, "stage": "best",
     "wall_s": 1.5, "env_steps": 3000,
 }  # fmt: skip
 

@@ -111,7 +111,7 @@ def write_scores(run: Run) -> None:
         returns = np.random.default_rng(int(mean)).normal(mean, 120, 32)
         result = score(
             list(returns), reported_seeds(32), env_id="CarRacing-v3", env_version="gymnasium 1.4.0", wall_s=912.0,
-            preprocessing="rows 0..83 of 96x96, area resize to 64x64x3 uint8", stage=stage, env_steps=31_000,
+            preprocessing="rows 0..83 of 96x96, area resize to 64x64x3 uint8", conditions={}, stage=stage, env_steps=31_000,
         )  # fmt: skip
         (folder / f"{stage}.json").write_text(json.dumps(result))
 

@@ -1,0 +1,168 @@
+"""Games of ViZDoom that leave nothing behind: no file in the working directory, and no process after their owner, however it ends.
+
+ViZDoom starts a game as a child process. Left alone the child writes `_vizdoom.ini` and `_vizdoom/` into the working directory, and when
+its owner is killed (SIGKILL, a crash) it waits for orders for ever. So every game runs in a folder of its own under one temporary folder
+of the owner, and a guard, one small shell for each owning process, waits on a pipe that only the owner holds open: when that closes,
+the guard ends the games that are still there and removes the folder and their shared memory. The guard has a session of its own, so
+that a Ctrl-C on the terminal does not reach it, and the games ignore that signal: their owner closes them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from oneira.platform.errors import EnvironmentMissing
+
+# What runs in place of the game: it enters the game's folder and writes down who it is, then becomes the game.
+_LAUNCH = """#!/bin/sh
+trap '' INT
+cd "${{0%/*}}" || exit 1
+echo $$ > pid
+before=
+for word; do
+  if [ "$before" = +viz_instance_id ]; then echo "$word" > instance; fi
+  before=$word
+done
+exec {game} "$@"
+"""
+
+# The guard: $1 is the owner's folder. A process is only ended where its command line names that folder, since numbers come back.
+_GUARD = """
+trap '' INT TERM HUP
+sweep() {
+  for game in "$1"/*/; do
+    if [ -f "$game/pid" ]; then
+      pid=$(cat "$game/pid")
+      if ps -ww -o args= -p "$pid" 2> /dev/null | grep -qF "$1"; then kill -9 "$pid"; fi
+    fi
+    if [ -f "$game/instance" ]; then
+      name=$(cat "$game/instance")
+      rm -f "/dev/shm/ViZDoomMQCtr$name" "/dev/shm/ViZDoomMQDoom$name" "/dev/shm/ViZDoomSM$name"
+    fi
+  done
+}
+cat > /dev/null
+sweep "$1"
+if [ -n "$(ls "$1")" ]; then sleep 1; sweep "$1"; fi
+rm -rf "$1"
+"""
+
+
+class _Owner:
+    """This process's folder of games, and the guard over it."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.folder = Path(tempfile.mkdtemp(prefix="oneira-doom-"))
+        self.numbers = count()
+        self.executable = Path(require_vizdoom().__file__).with_name("vizdoom")
+        try:
+            _require_running(self.executable, self.folder)
+        except EnvironmentMissing:
+            self.folder.rmdir()
+            raise
+        self.guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD, "oneira-doom-guard", str(self.folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Close the pipe: what is left of the games ends."""
+        assert self.guard.stdin is not None
+        self.guard.stdin.close()
+        if self.process == os.getpid():
+            self.guard.wait()
+
+
+def _require_running(executable: Path, folder: Path) -> None:
+    """Start the game for a moment, by itself: where it cannot run, ViZDoom would take this whole process down.
+
+    Raises:
+        EnvironmentMissing: it does not run, for want of a library for example.
+    """
+    words = [
+        str(executable),
+        "-norun",
+        "-nosound",
+        "+viz_noxserver",
+        "1",
+        "+viz_window_hidden",
+        "1",
+        "+viz_noconsole",
+        "1",
+    ]
+    try:
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentMissing(f"ViZDoom's game does not run: {error}") from error
+    finally:
+        for path in sorted(folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+    if done.returncode in (126, 127) or done.returncode < 0:
+        raise EnvironmentMissing(f"ViZDoom's game does not run (exit {done.returncode}): {done.stderr.strip()[:500]}")
+
+
+_owner: _Owner | None = None
+
+
+def _forked() -> None:
+    """A forked child owns no games, and must not hold the pipe of those of its parent."""
+    global _owner
+    if _owner is not None:
+        assert _owner.guard.stdin is not None
+        os.close(_owner.guard.stdin.fileno())
+        _owner = None
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+@atexit.register
+def _release() -> None:
+    if _owner is not None:
+        _owner.release()
+
+
+def require_vizdoom() -> Any:
+    """The module `vizdoom`.
+
+    Raises:
+        EnvironmentMissing: it is not installed.
+    """
+    try:
+        import vizdoom
+    except ImportError as error:
+        raise EnvironmentMissing(f"DoomTakeCover needs ViZDoom: pip install 'oneira[doom]' ({error})") from error
+    return vizdoom
+
+
+def confine(game: Any) -> Path:
+    """Give a `DoomGame` that has not been started a folder of its own, and put it under guard.
+
+    Returns:
+        The folder, to be removed with `remove` once the game is closed.
+    """
+    global _owner
+    if _owner is None:
+        _owner = _Owner()
+    folder = _owner.folder / f"{next(_owner.numbers):06d}"
+    folder.mkdir()
+    launch = folder / "game"
+    launch.write_text(_LAUNCH.format(game=shlex.quote(str(_owner.executable))), encoding="utf-8")
+    launch.chmod(0o700)
+    game.set_doom_config_path(str(folder / "settings.ini"))
+    game.set_vizdoom_path(str(launch))
+    return folder
+
+
+def remove(folder: Path) -> None:
+    """Remove a closed game's folder."""
+    shutil.rmtree(folder, ignore_errors=True)

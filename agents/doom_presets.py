@@ -1,0 +1,78 @@
+"""DoomTakeCover's presets: controllers that learn in the dream alone; the real game gives data and checks, no update sees its score.
+
+doom-quick       minutes on a laptop
+doom-hour        an hour on a laptop: a second round on what the first controller met
+doom-tau-sweep   V and M once, then populations at five temperatures at the same time ("World Models", section 4.4)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oneira.generative.training import TrainSettings
+from oneira.generative.vae import VAEConfig
+
+from .controller import ControllerConfig
+from .environments import DoomTakeCover
+from .evolution import EvolutionConfig
+from .memory import MemoryConfig
+from .settings import CollectConfig, PopulationConfig, RoundConfig, WorldModelConfig
+
+TEMPERATURES = (0.1, 0.5, 1.0, 1.15, 1.3)
+
+# Survival is the reward, so M neither reads nor learns rewards; one step in some 200 terminates, and counts ten times.
+_MEMORY = MemoryConfig(
+    z=64, action=3, discrete=True, hidden=512, reward_input=False, reward_weight=0.0, done_positive_weight=10.0
+)
+_VISION = VAEConfig(z=64, kl_floor=2.0)
+_CONTROLLER = ControllerConfig(features="zch", z=64, memory=512, action_space="threshold", bias=False)
+
+
+def _learn(steps: int, *, batch: int, lr: float) -> TrainSettings:
+    return TrainSettings(steps=steps, batch_size=batch, lr=lr, save_every=500)
+
+
+def _dream(generations: int, tau: float, *, name: str = "dream", popsize: int = 64, seed: int = 1) -> PopulationConfig:
+    evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=0.1, seed=seed)
+    return PopulationConfig(
+        name=name, world="dream", generations=generations, episodes=16, horizon=DoomTakeCover.max_steps, stuck=0, tau=tau,
+        unit=popsize // 2, evolution=evolution,
+    )  # fmt: skip
+
+
+def _first_round(episodes: int, vision: int, memory: int, *populations: PopulationConfig) -> RoundConfig:
+    return RoundConfig(
+        collect=CollectConfig(wandering=episodes, max_steps=DoomTakeCover.max_steps),
+        vision=_learn(vision, batch=32, lr=4e-3),
+        memory=_learn(memory, batch=64, lr=2e-3),
+        populations=populations,
+    )
+
+
+def _run(*rounds: RoundConfig, **more: Any) -> WorldModelConfig:
+    return WorldModelConfig(
+        world="doom", vision=_VISION, memory=_MEMORY, controller=_CONTROLLER, window=64, rounds=rounds, **more
+    )
+
+
+def doom_quick() -> WorldModelConfig:
+    """One dream at temperature 1.15, from random play alone."""
+    return _run(_first_round(256, 2000, 400, _dream(12, 1.15, popsize=32)), checks=16, film_steps=300)
+
+
+def doom_hour() -> WorldModelConfig:
+    """Two rounds: M learns again from noisy play of what the first dream taught."""
+    second = RoundConfig(
+        collect=CollectConfig(noisy=384, max_steps=DoomTakeCover.max_steps),
+        vision=_learn(2000, batch=32, lr=2e-3),
+        memory=_learn(2000, batch=64, lr=2e-3),
+        restart=True,
+        populations=(_dream(60, 1.15),),
+    )
+    return _run(_first_round(512, 4000, 1000, _dream(15, 1.15)), second, check_episodes=100)
+
+
+def doom_tau_sweep() -> WorldModelConfig:
+    """Five temperatures in one dream, at the same time on one pool; each population is then scored in the real game."""
+    populations = [_dream(30, tau, name=f"tau-{tau}", popsize=32, seed=1 + i) for i, tau in enumerate(TEMPERATURES)]
+    return _run(_first_round(512, 4000, 1500, *populations), population_episodes=100)
