@@ -85,7 +85,7 @@ def add_populations(page: Report, run: Run) -> None:
         "its scores are those of the best controller found, these of a distribution's mean; dreams here begin at moments of recorded "
         "episodes; budgets of data, training and evolution are this run's.",
     )
-    _plot(page, found, longest)
+    _plot(page, found, longest, PAPER.get(run.config.world, {}))
 
 
 def exploited(entry: dict[str, Any], longest: int) -> bool:
@@ -107,7 +107,7 @@ def _interval(score: dict[str, Any]) -> str:
     return "-" if low is None else f"{low:.0f}\u00a0…\u00a0{high:.0f}"
 
 
-def _plot(page: Report, found: list[dict[str, Any]], longest: int) -> None:
+def _plot(page: Report, found: list[dict[str, Any]], longest: int, paper: dict[float, tuple[int, int]]) -> None:
     from matplotlib.figure import Figure
 
     with chart_style():
@@ -134,6 +134,9 @@ def _plot(page: Report, found: list[dict[str, Any]], longest: int) -> None:
         axis.fill_between(
             edge, 0, np.maximum(edge - 0.3 * longest, 0) / 1.5, alpha=0.08, color="#d1495b", linewidth=0, label="alarm"
         )
-        axis.set(xlabel="score in the dream", ylabel="score in the real game")
+        if paper:
+            axis.plot(*zip(*paper.values(), strict=True), "x", color=INK, label="the paper's five")
+        bounds = (0.0, 1.03 * edge[1])
+        axis.set(xlabel="score in the dream", ylabel="score in the real game", xlim=bounds, ylim=bounds)
         axis.legend(frameon=False)
         page.figure(figure, "Each point is one population, with 95% intervals of both means.")

@@ -4,7 +4,8 @@ ViZDoom starts a game as a child process. Left alone the child writes `_vizdoom.
 its owner is killed (SIGKILL, a crash) it waits for orders for ever. So every game runs in a folder of its own under one temporary folder
 of the owner, and a guard, one small shell for each owning process, waits on a pipe that only the owner holds open: when that closes,
 the guard ends the games that are still there and removes the folder and their shared memory. The guard has a session of its own, so
-that a Ctrl-C on the terminal does not reach it, and the games ignore that signal: their owner closes them.
+that a Ctrl-C on the terminal does not reach it, and is nobody's child, because Ray kills the children of its workers first. The games
+ignore Ctrl-C: their owner closes them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ exec {game} "$@"
 
 # The guard: $1 is the owner's folder. A process is only ended where its command line names that folder, since numbers come back.
 _GUARD = """
+exec 3<&0
+(
 trap '' INT TERM HUP
 sweep() {
   for game in "$1"/*/; do
@@ -49,10 +52,11 @@ sweep() {
     fi
   done
 }
-cat > /dev/null
+cat <&3 > /dev/null
 sweep "$1"
 if [ -n "$(ls "$1")" ]; then sleep 1; sweep "$1"; fi
 rm -rf "$1"
+) &
 """
 
 
@@ -60,7 +64,6 @@ class _Owner:
     """This process's folder of games, and the guard over it."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()
         self.folder = Path(tempfile.mkdtemp(prefix="oneira-doom-"))
         self.numbers = count()
         self.executable = Path(require_vizdoom().__file__).with_name("vizdoom")
@@ -73,13 +76,12 @@ class _Owner:
             ["/bin/sh", "-c", _GUARD, "oneira-doom-guard", str(self.folder)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
         )  # fmt: skip
+        self.guard.wait()  # for the shell that leaves the guard behind
 
     def release(self) -> None:
         """Close the pipe: what is left of the games ends."""
         assert self.guard.stdin is not None
         self.guard.stdin.close()
-        if self.process == os.getpid():
-            self.guard.wait()
 
 
 def _require_running(executable: Path, folder: Path) -> None:

@@ -142,6 +142,7 @@ ENDINGS = {
         signal.SIGKILL,
     ),
     "killed while idle": ("import time; time.sleep(60)", signal.SIGKILL),
+    "killed after all its children": ("import time; time.sleep(60)", "children"),
     "Ctrl-C": ("while True: batch.reset(); [batch.step(np.zeros(3, int)) for _ in range(20)]", signal.SIGINT),
     "an exception": ("raise RuntimeError", None),
     "a crash": ("os.abort()", None),
@@ -167,9 +168,14 @@ def check_ending(owner, sent):
         assert len(names) == 4
         assert len(game_processes(folder)) >= 4
         time.sleep(0.2)
-        os.killpg(owner.pid, sent) if sent == signal.SIGINT else owner.send_signal(
-            sent
-        )  # a terminal tells the whole group
+    if sent == "children":  # as Ray ends its workers
+        for child in psutil.Process(owner.pid).children(recursive=True):
+            child.kill()
+        owner.kill()
+    elif sent == signal.SIGINT:
+        os.killpg(owner.pid, sent)  # a terminal tells the whole group
+    elif sent is not None:
+        owner.send_signal(sent)
     owner.wait(timeout=20)
     owner.stdout.close()
     deadline = time.monotonic() + 10
