@@ -176,7 +176,7 @@ def test_samples_have_the_statistics_of_a_gaussian(sampler):
     rows = [Row.begin(schedule, (2,), seed=seed, steps=100, sampler=sampler) for seed in range(n)]
     x = run(rows, schedule, "x0", network)
     assert ((x.mean(0) - mean).abs() < 4 * spread / math.sqrt(n)).all()
-    assert ((x.std(0) / spread - 1).abs() < 0.07).all()
+    assert ((x.std(0) / spread - 1).abs() < 0.1).all()
     assert abs(np.corrcoef(x.T.numpy())[0, 1]) < 0.1
 
 
