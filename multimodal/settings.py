@@ -11,9 +11,10 @@ import numpy as np
 
 from oneira.generative.training import TrainSettings
 
+from .checker import Checker, CheckerConfig
 from .clip import Clip, ClipConfig
 from .learning import UNSEEN, learn, lesson_report, seed_of
-from .scenes import COLOURS, SHAPES, captions, draw, sample
+from .scenes import COLOURS, SHAPES, agreement, captions, draw, grid_labels, sample
 from .words import Words, with_unknown_words
 
 
@@ -70,11 +71,50 @@ class ClipRun:
         return scores
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckerRun:
+    """The judge, on scenes of all kinds: it must also know what is held out. checks: pictures of the score."""
+
+    seed: int = 0
+    checker: CheckerConfig = field(default_factory=CheckerConfig)
+    training: TrainSettings
+    checks: int = 5000
+
+    def smoke(self) -> CheckerRun:
+        return replace(self, training=_smoke(self.training), checks=64)
+
+    def train(self, run: Any, executor: Any) -> dict[str, Any]:
+        return learn(self, run, executor)
+
+    def report(self, run: Any) -> Path:
+        return lesson_report(run, "the judge of pictures")
+
+    def build(self) -> Checker:
+        return Checker(self.checker)
+
+    def batches(self) -> Callable[[int], dict[str, np.ndarray]]:
+        count = self.training.batch_size
+        return lambda step: label_batch(step * count, count)
+
+    def score(self, model: Checker) -> dict[str, float]:
+        """The share of true pictures that are read right, by attribute; "all" is every attribute and place at once."""
+        scenes = sample(np.arange(self.checks) + UNSEEN, "all")
+        right = agreement(scenes, model.read(draw(scenes, 64)))
+        shares = {key: float(value.mean()) for key, value in right.items()}
+        return {**shares, "all": float((right["everything"] & right["places"]).mean())}
+
+
 def caption_batch(words: Words, first: int, count: int, size: int, seed: int) -> dict[str, np.ndarray]:
     """Scenes `first` and on of the training split: pictures uint8 [B, S, S, 3], tokens int64 [B, L]."""
     scenes = sample(np.arange(first, first + count))
     tokens = with_unknown_words(words(captions(scenes)), words, np.random.default_rng(seed))
     return {"pictures": draw(scenes, size), "tokens": tokens}
+
+
+def label_batch(first: int, count: int) -> dict[str, np.ndarray]:
+    """Scenes `first` and on, nothing held out: pictures uint8 [B, 64, 64, 3], and their `grid_labels`."""
+    scenes = sample(np.arange(first, first + count), "all")
+    return {"pictures": draw(scenes, 64), **grid_labels(scenes)}
 
 
 def _smoke(settings: TrainSettings) -> TrainSettings:
