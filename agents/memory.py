@@ -39,8 +39,6 @@ class MemoryConfig:
         done_weight: weight of the termination loss.
         done_positive_weight: of terminating steps within it, as in the paper's Doom code. A weight w makes M believe in odds w
             times the true ones; predictions and dreams take that back, so that their probabilities are those of the data.
-        posterior: share of the posterior's deviation with which V's z is drawn, in training and for the starts of dreams. 1 is the paper's;
-            less lets M see speed and curvature at once that it must else average out of the noise (docs/LOG.md).
         dropout: chance of zeroing an output feature of the LSTM while training.
     """
 
@@ -54,7 +52,6 @@ class MemoryConfig:
     reward_weight: float = 1.0
     done_weight: float = 1.0
     done_positive_weight: float = 1.0
-    posterior: float = 1.0
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -64,7 +61,7 @@ class MemoryConfig:
         for name in ("reward_scale", "done_positive_weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"memory: {name} is {getattr(self, name)}; it must be above 0.")
-        for name in ("reward_weight", "done_weight", "posterior"):
+        for name in ("reward_weight", "done_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"memory: {name} is {getattr(self, name)}; it must be at least 0.")
         if not 0 <= self.dropout < 1:
@@ -164,7 +161,7 @@ class MDNRNN(nn.Module):
         batch = {name: torch.as_tensor(value).to(device).float().transpose(0, 1) for name, value in batch.items()}
         mu, reward, valid = batch["mu"], batch["reward"] / config.reward_scale, batch["valid"]
         noise = torch.randn(mu.shape, generator=generator, device=device)
-        z = mu + config.posterior * torch.exp(0.5 * batch["logvar"]) * noise
+        z = mu + torch.exp(0.5 * batch["logvar"]) * noise
         before = torch.cat([torch.zeros_like(reward[:1]), reward[:-1]])
         inputs = torch.cat([z[:-1], batch["action"], *([before.unsqueeze(-1)] if config.reward_input else [])], -1)
         hidden = self._hidden_for_training(inputs)  # time-major, as everything here

@@ -273,8 +273,7 @@ def _remembered(
         for i, e in enumerate(part):
             rows = latents.gather(np.arange(e.first_frame, e.first_frame + e.length + 1))
             mu, logvar = np.asarray(rows["mu"], np.float32), np.asarray(rows["logvar"], np.float32)
-            deviation = np.float32(memory.config.posterior) * np.exp(0.5 * logvar)
-            z[i, : e.length + 1] = mu + deviation * rng.standard_normal(mu.shape, dtype=np.float32)
+            z[i, : e.length + 1] = mu + np.exp(0.5 * logvar) * rng.standard_normal(mu.shape, dtype=np.float32)
             actions[i, : e.length] = store.actions[e.first_step : e.first_step + e.length]
             rewards[i, : e.length] = store.rewards[e.first_step : e.first_step + e.length]
         z_BTZ, actions_BTA, rewards_BT = (torch.from_numpy(x) for x in (z[:, :-1], actions, rewards))

@@ -1,0 +1,50 @@
+"""The scenes data set: endless captioned pictures of coloured shapes, of which every attribute is known.
+
+    scenes = sample(np.arange(1000))          # attributes, the same on any machine
+    pictures = draw(scenes, 64)               # uint8 [1000, 64, 64, 3], at any size up to 256
+    texts = captions(scenes)                  # "a small red circle left of a blue star, on a black background"
+
+Splits: "train" never shows some pairs of shape and colour, nor some combinations of two objects; "pairs" (one object)
+and "combos" (two objects) show nothing else; "all" keeps no such rule.
+"""
+
+from .attributes import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    Scenes,
+    Thing,
+    combo_held_out,
+    compose,
+    pair_held_out,
+    sample,
+)
+from .captions import captions, vocabulary
+from .drawing import draw, scene_batch
+from .judging import Reading, agreement, grid_labels, true_reading
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "Reading",
+    "Scenes",
+    "Thing",
+    "agreement",
+    "captions",
+    "combo_held_out",
+    "compose",
+    "draw",
+    "grid_labels",
+    "pair_held_out",
+    "sample",
+    "scene_batch",
+    "true_reading",
+    "vocabulary",
+]

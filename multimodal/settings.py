@@ -1,0 +1,123 @@
+"""Configs of this package's runs: which network learns what, from which scenes, and how it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oneira.generative.training import TrainSettings
+
+from .checker import Checker, CheckerConfig
+from .clip import Clip, ClipConfig
+from .learning import UNSEEN, learn, lesson_report, seed_of
+from .scenes import COLOURS, SHAPES, agreement, captions, draw, grid_labels, sample
+from .words import Words, with_unknown_words
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRun:
+    """CLIP on pairs of scene and caption. checks: pictures of each score."""
+
+    seed: int = 0
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    training: TrainSettings
+    checks: int = 2000
+
+    def smoke(self) -> ClipRun:
+        return replace(self, training=_smoke(self.training), checks=64)
+
+    def train(self, run: Any, executor: Any) -> dict[str, Any]:
+        return learn(self, run, executor)
+
+    def report(self, run: Any) -> Path:
+        return lesson_report(run, "pictures and captions in one space")
+
+    def build(self) -> Clip:
+        return Clip.new(self.clip)
+
+    def batches(self) -> Callable[[int], dict[str, np.ndarray]]:
+        size, count = self.clip.image_size, self.training.batch_size
+        words = Clip.new(self.clip).words
+        return lambda step: caption_batch(words, step * count, count, size, seed_of(self.seed, "words", step))
+
+    def score(self, model: Clip) -> dict[str, float]:
+        """Zero-shot accuracy among all shapes in all colours, and which of 100 captions belongs to a picture."""
+        prompts = [
+            [form.format(f"{colour} {shape}") for form in ("a {}", "a picture of a {}", "one {}")]
+            for shape in SHAPES
+            for colour in COLOURS
+        ]
+        scores = {}
+        for split in ("pairs", "all"):
+            s = sample(np.arange(self.checks) + UNSEEN, split)
+            s = s[s.kind == 0]
+            found = model.classify(draw(s, self.clip.image_size), prompts).numpy()
+            scores[f"zero_shot_{split}"] = float(np.mean(found == s.shape[:, 0] * len(COLOURS) + s.colour[:, 0]))
+        s = sample(np.arange(self.checks) + UNSEEN, "combos")
+        right = 0
+        for start in range(0, len(s), 100):
+            part = s[start : start + 100]
+            right += int(
+                (
+                    model.classify(draw(part, self.clip.image_size), captions(part, full=True)).numpy()
+                    == np.arange(len(part))
+                ).sum()
+            )
+        scores["retrieval_combos"] = right / len(s)
+        return scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckerRun:
+    """The judge, on scenes of all kinds: it must also know what is held out. checks: pictures of the score."""
+
+    seed: int = 0
+    checker: CheckerConfig = field(default_factory=CheckerConfig)
+    training: TrainSettings
+    checks: int = 5000
+
+    def smoke(self) -> CheckerRun:
+        return replace(self, training=_smoke(self.training), checks=64)
+
+    def train(self, run: Any, executor: Any) -> dict[str, Any]:
+        return learn(self, run, executor)
+
+    def report(self, run: Any) -> Path:
+        return lesson_report(run, "the judge of pictures")
+
+    def build(self) -> Checker:
+        return Checker(self.checker)
+
+    def batches(self) -> Callable[[int], dict[str, np.ndarray]]:
+        count = self.training.batch_size
+        return lambda step: label_batch(step * count, count)
+
+    def score(self, model: Checker) -> dict[str, float]:
+        """The share of true pictures that are read right, by attribute; "all" is every attribute and place at once."""
+        scenes = sample(np.arange(self.checks) + UNSEEN, "all")
+        right = agreement(scenes, model.read(draw(scenes, 64)))
+        shares = {key: float(value.mean()) for key, value in right.items()}
+        return {**shares, "all": float((right["everything"] & right["places"]).mean())}
+
+
+def caption_batch(words: Words, first: int, count: int, size: int, seed: int) -> dict[str, np.ndarray]:
+    """Scenes `first` and on of the training split: pictures uint8 [B, S, S, 3], tokens int64 [B, L]."""
+    scenes = sample(np.arange(first, first + count))
+    tokens = with_unknown_words(words(captions(scenes)), words, np.random.default_rng(seed))
+    return {"pictures": draw(scenes, size), "tokens": tokens}
+
+
+def label_batch(first: int, count: int) -> dict[str, np.ndarray]:
+    """Scenes `first` and on, nothing held out: pictures uint8 [B, 64, 64, 3], and their `grid_labels`."""
+    scenes = sample(np.arange(first, first + count), "all")
+    return {"pictures": draw(scenes, 64), **grid_labels(scenes)}
+
+
+def _smoke(settings: TrainSettings) -> TrainSettings:
+    return replace(
+        settings, steps=min(settings.steps, 20), batch_size=min(settings.batch_size, 32), save_every=10, log_every=5
+    )

@@ -1,0 +1,134 @@
+"""Runs that train one network on scenes: whole, interrupted and resumed, through the command line."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from oneira.multimodal.checker import Checker, CheckerConfig
+from oneira.multimodal.clip import Clip, ClipConfig
+from oneira.multimodal.learning import seed_of, trained
+from oneira.multimodal.scenes import draw, sample
+from oneira.platform.errors import CheckpointError
+from oneira.platform.executor import SerialExecutor
+from oneira.platform.presets import load_preset
+from oneira.platform.runs import Run
+
+SMALL = {
+    "scenes-clip": {"clip": ClipConfig(embed=32, image_size=32, vision_width=32, vision_layers=1, text_width=32, text_layers=1)},
+    "scenes-checker": {"checker": CheckerConfig(width=8, blocks=1)},
+}  # fmt: skip
+PRESETS = pytest.mark.parametrize("preset", SMALL)
+
+
+def small(preset):
+    config = load_preset(preset).smoke()
+    return replace(config, training=replace(config.training, batch_size=8), checks=40, **SMALL[preset])
+
+
+def start(folder, preset):
+    run = Run.create(folder, preset, small(preset))
+    with SerialExecutor() as executor:
+        return run, run.config.train(run, executor)
+
+
+def fingerprint(run):
+    files = sorted(
+        file
+        for part in ("checkpoints", "model", "evaluations")
+        for file in (run.path / part).rglob("*")
+        if file.is_file()
+    )
+    return {str(file.relative_to(run.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{preset: (run, summary)}"""
+    return {preset: start(tmp_path_factory.mktemp(preset) / "run", preset) for preset in SMALL}
+
+
+@PRESETS
+def test_a_run_leaves_weights_scores_and_a_report(runs, preset):
+    run, summary = runs[preset]
+    assert run.checkpoints.names() == ["model"]
+    scores = json.loads((run.path / "evaluations" / "scores.json").read_text())
+    assert scores and scores.items() <= summary.items() and all(0 <= value <= 1 for value in scores.values())
+    assert run.config.report(run).stat().st_size > 5000
+    assert [line["step"] for line in run.metrics("fit")] == [5, 10, 15, 20]
+
+
+@PRESETS
+def test_the_folder_holds_the_trained_network(runs, preset):
+    run, _ = runs[preset]
+    pictures = draw(sample(np.arange(6)), 32)
+    if preset == "scenes-clip":
+        a, b = (model.embed_images(pictures).numpy() for model in (trained(run), Clip.load(run.path / "model")))
+    else:
+        a, b = (model.read(pictures).x for model in (trained(run), Checker.load(run.path / "model")))
+    assert np.array_equal(a, b)
+
+
+@PRESETS
+@pytest.mark.parametrize("moment", ["fit 5", "fit 15", "fit 20", "stage 0", "stage 1"])
+def test_a_stopped_run_continues_to_the_same_bytes(runs, preset, moment, tmp_path, monkeypatch):
+    log = Run.log
+
+    def stop(self, stage, step, **values):
+        if f"{stage} {step}" == moment:
+            raise KeyboardInterrupt
+        log(self, stage, step, **values)
+
+    monkeypatch.setattr(Run, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "run", preset)
+    monkeypatch.undo()
+    run = Run.open(tmp_path / "run")
+    with SerialExecutor() as executor:
+        run.config.train(run, executor)
+    assert fingerprint(run) == fingerprint(runs[preset][0])
+
+
+@PRESETS
+def test_a_done_run_does_nothing_more(runs, preset):
+    run, _ = runs[preset]
+    before = len(run.metrics()), fingerprint(run)
+    with SerialExecutor() as executor:
+        run.config.train(run, executor)
+    assert (len(run.metrics()), fingerprint(run)) == before
+
+
+def test_weights_of_another_network_are_refused(runs, tmp_path):
+    run, _ = runs["scenes-checker"]
+    other = Run.create(
+        tmp_path / "other", "scenes-checker", replace(run.config, checker=CheckerConfig(width=16, blocks=1))
+    )
+    other.checkpoints.save("model", run.checkpoints.load("model").tensors, {})
+    with pytest.raises(CheckpointError, match="another network"):
+        trained(other)
+
+
+def test_seeds_of_places_differ():
+    seeds = {seed_of(run, stage, k) for run in range(5) for stage in ("weights", "words") for k in range(20)}
+    assert len(seeds) == 200 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_presets_train_from_the_command_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "oneira.platform.cli",
+        "train",
+        "scenes-checker",
+        "--smoke",
+        "--executor",
+        "serial",
+    ]
+    settings = ["--set", "checker.width=8", "--set", "training.steps=2", "--run", str(tmp_path / "run"), "--json"]
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "everything" in json.loads(done.stdout)["summary"]
