@@ -94,29 +94,32 @@ def carracing_hour() -> WorldModelConfig:
 
 
 def carracing_hour_dream() -> WorldModelConfig:
-    """Dreams alone: no update of the controllers sees a real return. Each round drives as the last dream taught, and M learns why it fails."""
+    """Dreams alone: no update of the controllers sees a real return. Each round drives as the last dream taught, and M learns what undid it.
+
+    A population outgrows its dream within some fifty generations, so a new one begins every third round (docs/LOG.md).
+    """
     first = RoundConfig(
         collect=CollectConfig(wandering=512, random=128, max_steps=500, stuck=50),
         vision=_learn(3000),
         memory=_learn(1000, batch=64, lr=2e-3),
-        populations=(_dream(30, popsize=32, unit=16),),
+        populations=(_dreamers(0, 30, horizon=150),),
     )
     later = RoundConfig(
-        collect=CollectConfig(noisy=32, max_steps=1000, stuck=50),
-        memory=_learn(150, batch=96, lr=1e-3),
-        fresh=0.5,
-        populations=(_dream(10, popsize=32, unit=16, horizon=250),),
+        collect=CollectConfig(noisy=64, max_steps=1000, stuck=50), memory=_learn(300, batch=96, lr=1e-3), fresh=0.5
     )
-    again = RoundConfig(
-        collect=CollectConfig(noisy=64, max_steps=1000, stuck=50),
-        vision=_learn(2000, lr=2e-3),
-        memory=_learn(1000, batch=64, lr=2e-3),
-        fresh=0.25,
-        restart=True,
-        populations=(_dream(40, popsize=32, unit=16, horizon=250),),
-    )
-    rounds = (first, *(later for _ in range(5)), again, *(later for _ in range(60)))
-    return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=16, rounds=rounds)
+    seeing = replace(later, vision=_learn(2000, lr=2e-3), memory=_learn(1000, batch=64, lr=2e-3), restart=True)
+
+    def turn(number: int, begin: RoundConfig) -> tuple[RoundConfig, ...]:
+        onward = replace(later, populations=(_dreamers(number, 10),))
+        return replace(begin, populations=(_dreamers(number, 30),)), onward, onward
+
+    rounds = (first, *turn(1, later), *turn(2, seeing), *turn(3, later), *turn(4, seeing), *turn(5, later))
+    return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=32, rounds=rounds)
+
+
+def _dreamers(number: int, generations: int, horizon: int = 250) -> PopulationConfig:
+    population = _dream(generations, popsize=32, horizon=horizon, unit=16)
+    return replace(population, name=f"dream-{number}", evolution=replace(population.evolution, seed=2 + number))
 
 
 def carracing_paper() -> WorldModelConfig:
