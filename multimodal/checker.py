@@ -144,7 +144,8 @@ class Checker(nn.Module):
         """Writes config and weights into an existing folder."""
         import safetensors.torch
 
-        safetensors.torch.save_file(self.state_dict(), folder / WEIGHTS)
+        weights = {key: value.contiguous() for key, value in self.state_dict().items()}  # channels_last is not
+        safetensors.torch.save_file(weights, folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(to_dict(self.config)), encoding="utf-8")
 
     @classmethod

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -47,14 +48,14 @@ def fingerprint(run):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """{preset: (run, summary)}"""
-    return {preset: start(tmp_path_factory.mktemp(preset) / "run", preset) for preset in SMALL}
+def whole(tmp_path_factory):
+    """whole(preset): the run of a preset that nothing disturbed, and its summary."""
+    return cache(lambda preset: start(tmp_path_factory.mktemp(preset) / "run", preset))
 
 
 @PRESETS
-def test_a_run_leaves_weights_scores_and_a_report(runs, preset):
-    run, summary = runs[preset]
+def test_a_run_leaves_weights_scores_and_a_report(whole, preset):
+    run, summary = whole(preset)
     assert run.checkpoints.names() == ["model"]
     scores = json.loads((run.path / "evaluations" / "scores.json").read_text())
     assert scores and scores.items() <= summary.items() and all(0 <= value <= 1 for value in scores.values())
@@ -63,8 +64,8 @@ def test_a_run_leaves_weights_scores_and_a_report(runs, preset):
 
 
 @PRESETS
-def test_the_folder_holds_the_trained_network(runs, preset):
-    run, _ = runs[preset]
+def test_the_folder_holds_the_trained_network(whole, preset):
+    run, _ = whole(preset)
     pictures = draw(sample(np.arange(6)), 32)
     if preset == "scenes-clip":
         a, b = (model.embed_images(pictures).numpy() for model in (trained(run), Clip.load(run.path / "model")))
@@ -75,7 +76,7 @@ def test_the_folder_holds_the_trained_network(runs, preset):
 
 @PRESETS
 @pytest.mark.parametrize("moment", ["fit 5", "fit 15", "fit 20", "stage 0", "stage 1"])
-def test_a_stopped_run_continues_to_the_same_bytes(runs, preset, moment, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_bytes(whole, preset, moment, tmp_path, monkeypatch):
     log = Run.log
 
     def stop(self, stage, step, **values):
@@ -90,20 +91,20 @@ def test_a_stopped_run_continues_to_the_same_bytes(runs, preset, moment, tmp_pat
     run = Run.open(tmp_path / "run")
     with SerialExecutor() as executor:
         run.config.train(run, executor)
-    assert fingerprint(run) == fingerprint(runs[preset][0])
+    assert fingerprint(run) == fingerprint(whole(preset)[0])
 
 
 @PRESETS
-def test_a_done_run_does_nothing_more(runs, preset):
-    run, _ = runs[preset]
+def test_a_done_run_does_nothing_more(whole, preset):
+    run, _ = whole(preset)
     before = len(run.metrics()), fingerprint(run)
     with SerialExecutor() as executor:
         run.config.train(run, executor)
     assert (len(run.metrics()), fingerprint(run)) == before
 
 
-def test_weights_of_another_network_are_refused(runs, tmp_path):
-    run, _ = runs["scenes-checker"]
+def test_weights_of_another_network_are_refused(whole, tmp_path):
+    run, _ = whole("scenes-checker")
     other = Run.create(
         tmp_path / "other", "scenes-checker", replace(run.config, checker=CheckerConfig(width=16, blocks=1))
     )
