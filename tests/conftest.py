@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,14 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory):
         patch.setenv("ONEIRA_HOME", str(tmp_path_factory.mktemp("oneira-home")))
         patch.setenv("MPLBACKEND", "agg")
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Children that tests interrupt must hear it: a shell that runs the tests in the background has SIGINT ignored, and they inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 TINY = ["check_episodes=0", "film_steps=0", "checks=2", "starts=16", "window=16"]

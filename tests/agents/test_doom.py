@@ -157,8 +157,12 @@ def start_owner(code):
 
 def test_no_game_outlives_its_owner():
     owners = {ending: start_owner(code) for ending, (code, _) in ENDINGS.items()}
-    for ending, owner in owners.items():
-        check_ending(owner, ENDINGS[ending][1])
+    try:
+        for ending, owner in owners.items():
+            check_ending(owner, ENDINGS[ending][1])
+    finally:
+        for owner in owners.values():
+            owner.kill()
 
 
 def check_ending(owner, sent):
