@@ -49,10 +49,11 @@ class Noise(NamedTuple):
 
 
 class Dreams(NamedTuple):
-    """Outcome of a rollout: returns float32 [K, R] and lengths int64 [K, R] in steps."""
+    """Outcome of a rollout: returns float32 [K, R], lengths int64 [K, R] in steps, and which were cut because they were stuck, bool [K, R]."""
 
     returns: Array
     lengths: Array
+    lost: Array
 
 
 class _Member:
@@ -204,6 +205,7 @@ class DreamModel:
             np.zeros(rows, np.float32),
             np.zeros(rows, np.int64),
         )  # the return at the last progress, and its step
+        lost = np.zeros(rows, bool)
         for t in range(horizon):
             kernels.draw_noise(keys, np.full(rollouts, t), *noise)
             if known:
@@ -222,11 +224,12 @@ class DreamModel:
             if stuck:
                 rose = returns >= mark + PROGRESS
                 mark, marked = np.where(rose, returns, mark), np.where(rose, t, marked)
-                alive &= t - marked < stuck
+                lost |= alive & (t - marked >= stuck)
+                alive &= ~lost
             if not alive.any():
                 break
         shape = (rollouts, candidates)
-        return Dreams(*(np.ascontiguousarray(x.reshape(shape).T) for x in (returns, lengths)))
+        return Dreams(*(np.ascontiguousarray(x.reshape(shape).T) for x in (returns, lengths, lost)))
 
     def _shares(self, rollouts: int) -> list[tuple[int, int, _Member]]:
         """(first r, last r + 1, member): rollouts split evenly among members."""

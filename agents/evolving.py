@@ -48,7 +48,7 @@ def units_of(config: PopulationConfig, params: np.ndarray, episodes: int, *place
         common = {"seeds": track_seeds(episodes, *place), "max_steps": config.horizon, "stuck": config.stuck}
     else:
         common = {"seed": seed_of(*place), "rollouts": episodes, "horizon": config.horizon, "tau": config.tau}
-        common["stuck"] = config.stuck
+        common |= {"stuck": config.stuck, "lost_cost": config.lost_cost}
     params = np.asarray(params, np.float32)
     return [{"params": params[i : i + config.unit], **common} for i in range(0, len(params), config.unit)]
 

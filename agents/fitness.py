@@ -80,7 +80,7 @@ def dream_unit(shared: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         shared: a packed world model with "starts": z, h, c, reward_prev of moments in the data.
-        unit: params float32 [K, P], seed, rollouts S, horizon, tau, stuck (see `DreamModel.rollout`).
+        unit: params float32 [K, P], seed, rollouts S, horizon, tau, stuck (see `DreamModel.rollout`), lost_cost (see `PopulationConfig`).
 
     Returns:
         returns float64 [K, S], env_steps int.
@@ -101,4 +101,5 @@ def dream_unit(shared: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
         stuck=unit["stuck"], with_cell=model.controller.features == "zch",
     )  # fmt: skip
     returns = dreams.lengths if make_world(model.world).survival else dreams.returns
+    returns = returns - unit["lost_cost"] * dreams.lost
     return {"returns": returns.astype(np.float64), "env_steps": int(dreams.lengths.sum())}

@@ -173,7 +173,7 @@ def _measure(
     horizon = p.horizon if p.world == "dream" else DREAM_STEPS
     unit = {
         "params": np.asarray(params, np.float32), "seed": seed_of(config.seed, *place), "rollouts": episodes, "horizon": horizon,
-        "tau": p.tau, "stuck": p.stuck,
+        "tau": p.tau, "stuck": p.stuck, "lost_cost": 0.0,
     }  # fmt: skip
     return next(iter(executor.map(dream_unit, shared, [unit])))["returns"]
 

@@ -96,7 +96,7 @@ def carracing_hour() -> WorldModelConfig:
 def carracing_hour_dream() -> WorldModelConfig:
     """Dreams alone: no update of the controllers sees a real return. Each round drives as the last dream taught, and M learns what undid it.
 
-    A population outgrows its dream within some fifty generations, so a new one begins every third round (docs/LOG.md).
+    A population outgrows its dream sooner or later, so a new one begins every third round (docs/LOG.md).
     """
     first = RoundConfig(
         collect=CollectConfig(wandering=512, random=128, max_steps=500, stuck=50),
@@ -110,15 +110,15 @@ def carracing_hour_dream() -> WorldModelConfig:
     seeing = replace(later, vision=_learn(2000, lr=2e-3), memory=_learn(1000, batch=64, lr=2e-3), restart=True)
 
     def turn(number: int, begin: RoundConfig) -> tuple[RoundConfig, ...]:
-        onward = replace(later, populations=(_dreamers(number, 10),))
-        return replace(begin, populations=(_dreamers(number, 30),)), onward, onward
+        onward = replace(later, populations=(_dreamers(number, 15),))
+        return replace(begin, populations=(_dreamers(number, 40),)), onward, onward
 
-    rounds = (first, *turn(1, later), *turn(2, seeing), *turn(3, later), *turn(4, seeing), *turn(5, later))
+    rounds = (first, *turn(1, later), *turn(2, seeing), *turn(3, later), *turn(4, later))
     return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=32, rounds=rounds)
 
 
 def _dreamers(number: int, generations: int, horizon: int = 250) -> PopulationConfig:
-    population = _dream(generations, popsize=32, horizon=horizon, unit=16)
+    population = _dream(generations, popsize=32, horizon=horizon, unit=16, lost_cost=400.0)
     return replace(population, name=f"dream-{number}", evolution=replace(population.evolution, seed=2 + number))
 
 

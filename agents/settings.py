@@ -65,6 +65,8 @@ class PopulationConfig:
         generations: in this round. episodes: tracks or dreams for each candidate, the same for all candidates of a generation.
         horizon: steps of an episode at most. stuck: steps without progress after which an episode is cut
             (0: never): without a new tile in the real world, see `DreamModel.rollout` for the dream.
+        lost_cost: reward that being cut takes from a dream. A dream of 250 steps forfeits little by a crash, a real episode hundreds, and
+            the dream believes in crashes less often than they happen: what is at stake must be said. Dreams only.
         tau: temperature of the dream. unit: candidates that one unit of work takes; it must divide popsize.
         start: where it begins when it is new: "zero", or the name of the population whose mean, sigma and covariance it takes over.
         check_every: generations between two measurements of the distribution's mean.
@@ -77,13 +79,14 @@ class PopulationConfig:
     episodes: int = 4
     horizon: int = 1000
     stuck: int = 35
+    lost_cost: float = 0.0
     tau: float = 1.0
     unit: int = 32
     start: str = "zero"
     check_every: int = 10
 
     def __post_init__(self) -> None:
-        _at_least(self, generations=0, episodes=1, horizon=1, stuck=0, unit=1, check_every=1)
+        _at_least(self, generations=0, episodes=1, horizon=1, stuck=0, lost_cost=0, unit=1, check_every=1)
         if self.world not in ("real", "dream"):
             raise ConfigError(
                 f"population '{self.name}': unknown world '{self.world}'. {did_you_mean(self.world, ('real', 'dream'))}"

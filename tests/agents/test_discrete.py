@@ -124,7 +124,9 @@ def test_a_dream_of_survival_pays_one_a_step_and_its_actions_are_discrete(tree):
     _, rewards, terminated, truncated, _ = dream.step(dream.action_space.sample())
     assert (rewards == 1).all() and terminated.dtype == truncated.dtype == bool
     params = np.zeros((2, num_parameters(CONTROLLER)), np.float32)
-    answer = dream_unit(tree, {"params": params, "seed": 1, "rollouts": 6, "horizon": 40, "tau": 1.0, "stuck": 0})
+    answer = dream_unit(
+        tree, {"params": params, "seed": 1, "rollouts": 6, "horizon": 40, "tau": 1.0, "stuck": 0, "lost_cost": 0.0}
+    )
     assert answer["returns"].sum() == answer["env_steps"], "what it pays is how long it lasts"
 
 

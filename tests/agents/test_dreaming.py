@@ -190,3 +190,16 @@ def test_a_dream_that_does_not_get_on_ends(reward, length):
     dreams = DreamModel([member], CONFIG).rollout(make_rows(5), make_policy(2), 40, candidates=2, stuck=10)
     assert (dreams.lengths == length + (length < 40)).all()
     np.testing.assert_allclose(dreams.returns, reward * dreams.lengths, rtol=1e-3)
+
+
+def test_only_what_was_cut_is_lost():
+    member, starts = make_member(), make_rows(5)
+    with torch.no_grad():
+        member.outcome.weight.zero_()
+        member.outcome.bias.copy_(torch.tensor([0.0, -20.0]))
+    still = DreamModel([member], CONFIG).rollout(starts, make_policy(2), 40, candidates=2, stuck=10)
+    uncut = DreamModel([member], CONFIG).rollout(starts, make_policy(2), 40, candidates=2)
+    with torch.no_grad():
+        member.outcome.bias[1] = 20.0
+    ended = DreamModel([member], CONFIG).rollout(starts, make_policy(2), 40, candidates=2, stuck=10)
+    assert still.lost.all() and not uncut.lost.any() and not ended.lost.any() and (ended.lengths == 1).all()

@@ -36,18 +36,25 @@ def test_the_same_unit_gives_the_same_bytes(model):
     unit = {"params": candidates(4), "seeds": [3, 4], "max_steps": 40, "stuck": 0}
     first, second = real_unit(model, unit), real_unit(model, unit)
     assert first["returns"].tobytes() == second["returns"].tobytes() and first["env_steps"] == 4 * 2 * 40
-    dream = {"params": candidates(4), "seed": 9, "rollouts": 6, "horizon": 20, "tau": 1.0, "stuck": 0}
+    dream = {"params": candidates(4), "seed": 9, "rollouts": 6, "horizon": 20, "tau": 1.0, "stuck": 0, "lost_cost": 0.0}
     assert dream_unit(model, dream)["returns"].tobytes() == dream_unit(model, dream)["returns"].tobytes()
 
 
 def test_candidates_with_equal_parameters_share_their_luck(model):
     params = np.repeat(candidates(1), 3, 0)
     real = real_unit(model, {"params": params, "seeds": [5, 6], "max_steps": 60, "stuck": 0})["returns"]
-    dream = dream_unit(model, {"params": params, "seed": 2, "rollouts": 5, "horizon": 30, "tau": 1.2, "stuck": 0})[
-        "returns"
-    ]
+    dream = dream_unit(
+        model, {"params": params, "seed": 2, "rollouts": 5, "horizon": 30, "tau": 1.2, "stuck": 0, "lost_cost": 0.0}
+    )["returns"]
     for returns in (real, dream):
         assert np.array_equal(returns, np.repeat(returns[:1], 3, 0)) and len(np.unique(returns[0])) > 1
+
+
+def test_being_lost_costs_a_dream_what_the_unit_says(model):
+    unit = {"params": candidates(4), "seed": 9, "rollouts": 30, "horizon": 60, "tau": 1.0, "stuck": 12}
+    free, dear = (dream_unit(model, {**unit, "lost_cost": cost})["returns"] for cost in (0.0, 50.0))
+    lost = free - dear
+    assert set(np.unique(lost.round(3))) <= {0.0, 50.0} and lost.max() == 50
 
 
 def test_episodes_without_progress_are_cut(model):
