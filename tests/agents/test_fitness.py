@@ -51,7 +51,7 @@ def test_candidates_with_equal_parameters_share_their_luck(model):
 
 
 def test_being_lost_costs_a_dream_what_the_unit_says(model):
-    unit = {"params": candidates(4), "seed": 9, "rollouts": 30, "horizon": 60, "tau": 1.0, "stuck": 12}
+    unit = {"params": candidates(4), "seed": 9, "rollouts": 30, "horizon": 60, "tau": 1.0, "stuck": 1}
     free, dear = (dream_unit(model, {**unit, "lost_cost": cost})["returns"] for cost in (0.0, 50.0))
     lost = free - dear
     assert set(np.unique(lost.round(3))) <= {0.0, 50.0} and lost.max() == 50
