@@ -95,7 +95,7 @@ def _scores(page: Report, run: Run, clock: Callable[[Line], float]) -> None:
             ]
             for score in scores
         ],
-        f"Preprocessing: {scores[0]['preprocessing']}. {json.dumps(scores[0].get('conditions', {}))}. std with ddof 1; Student's interval of the mean.",
+        f"Preprocessing: {scores[0]['preprocessing']}. {_told(scores[0])}std with ddof 1; Student's interval of the mean.",
     )  # fmt: skip
     _returns(page, scores)
 
@@ -334,9 +334,15 @@ def _time(page: Report, run: Run) -> None:
         page.figure(figure)
 
 
+def _told(score: Mapping[str, Any]) -> str:
+    """The environment's own conditions, in words; nothing where it has none."""
+    told = ", ".join(f"{name} {value}" for name, value in score.get("conditions", {}).items())
+    return f"Conditions: {told}. " if told else ""
+
+
 def _outside(run: Run) -> str:
     """How much of the cores' time went to anything but units of work: Ray, files, CMA-ES, waiting for the slowest."""
-    lines = [line for line in run.metrics("stage") if line.get("core_seconds")]
+    lines = [line for line in run.metrics("stage") if "core_seconds" in line]
     offered = sum(line["seconds"] * line["cores"] for line in lines)
     if not offered:
         return ""

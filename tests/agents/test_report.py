@@ -14,7 +14,7 @@ import pytest
 
 from oneira.agents.evaluation import reported_seeds, score
 from oneira.agents.recording import side_by_side, write_video
-from oneira.agents.report import _clock, build_report
+from oneira.agents.report import _clock, _outside, _told, build_report
 from oneira.platform.errors import DataError
 from oneira.platform.presets import load_preset
 from oneira.platform.runs import Run
@@ -199,3 +199,16 @@ def test_a_browser_shows_it(run: Run, tmp_path: Path) -> None:
     seen = json.loads(re.search(r"<title>(.*?)</title>", dom).group(1))
     assert len(seen["sizes"]) == 10 and min(seen["sizes"]) > 300 and max(seen["sizes"]) < 1200
     assert seen["wide"] <= seen["window"]
+
+
+def test_the_share_outside_counts_stages_without_units_too(run):
+    stage = {"time": 1, "stage": "stage", "round": 0}
+    evolve = {**stage, "step": 3, "name": "evolve", "seconds": 90.0, "core_seconds": 175.0, "cores": 2}
+    film = {**stage, "step": 6, "name": "film", "seconds": 10.0, "core_seconds": 0.0, "cores": 2}
+    write_metrics(run, [evolve, film])
+    assert "12.5%" in _outside(run)  # 25 of 200 core-seconds
+
+
+def test_conditions_are_told_in_words():
+    assert _told({"conditions": {"skill": 4, "frame_skip": 1}}) == "Conditions: skill 4, frame_skip 1. "
+    assert _told({"conditions": {}}) == _told({}) == ""
