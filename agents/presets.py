@@ -9,7 +9,6 @@ carracing-paper        the sizes of "World Models" (Ha & Schmidhuber 2018), for 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from oneira.generative.training import TrainSettings
 from oneira.generative.vae import VAEConfig
@@ -20,25 +19,22 @@ from .memory import MemoryConfig
 from .settings import CollectConfig, PopulationConfig, RoundConfig, WorldModelConfig
 
 
-def _real(
-    generations: int, *, popsize: int = 64, episodes: int = 3, sigma0: float = 0.1, **more: Any
-) -> PopulationConfig:
-    evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=sigma0, seed=1)
-    return PopulationConfig(
-        name="real", world="real", generations=generations, episodes=episodes, evolution=evolution, **more
-    )
+def _real(generations: int, *, episodes: int = 3) -> PopulationConfig:
+    evolution = EvolutionConfig(kind="separable", popsize=64, sigma0=0.1, seed=1)
+    return PopulationConfig(name="real", world="real", generations=generations, episodes=episodes, evolution=evolution)
 
 
-def _dream(generations: int, *, popsize: int = 64, horizon: int = 150, **more: Any) -> PopulationConfig:
-    evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=0.1, seed=2)
+def _dream(generations: int, *, name: str = "dream", seed: int = 2, horizon: int = 250) -> PopulationConfig:
+    evolution = EvolutionConfig(kind="separable", popsize=32, sigma0=0.1, seed=seed)
     return PopulationConfig(
-        name="dream",
+        name=name,
         world="dream",
         generations=generations,
         episodes=16,
         horizon=horizon,
+        lost_cost=400.0,
+        unit=16,
         evolution=evolution,
-        **more,
     )
 
 
@@ -57,7 +53,9 @@ def _first_round(generations: int) -> RoundConfig:
     return RoundConfig(collect=_WANDERING, vision=_learn(3000), populations=(_real(generations),))
 
 
-def _second_round(noisy: int, vision: int, memory: int, generations: int, dreams: int, segments: int) -> RoundConfig:
+def _next_round(
+    noisy: int, vision: int, memory: int, generations: int, segments: int, *, episodes: int = 3
+) -> RoundConfig:
     """V and M from driving; populations in both worlds, new ones because h means something else now."""
     return RoundConfig(
         collect=CollectConfig(noisy=noisy, max_steps=700, stuck=100),
@@ -65,7 +63,7 @@ def _second_round(noisy: int, vision: int, memory: int, generations: int, dreams
         memory=_learn(memory, batch=64, lr=2e-3),
         restart=True,
         segments=segments,
-        populations=(_real(generations), _dream(dreams, popsize=32, unit=16)),
+        populations=(_real(generations, episodes=episodes), _dream(generations)),
     )
 
 
@@ -75,22 +73,18 @@ def carracing_quick() -> WorldModelConfig:
         vision=_VISION,
         memory=_MEMORY,
         film_steps=300,
-        rounds=(_first_round(16), _second_round(192, 1500, 600, 40, 40, 5)),
+        rounds=(_first_round(16), _next_round(192, 1500, 600, 40, 5)),
     )
 
 
 def carracing_hour() -> WorldModelConfig:
-    """The same two rounds, larger, then one that polishes the driver on twice as many tracks."""
-    polish = RoundConfig(
-        segments=8,
-        populations=(_real(70, episodes=8), _dream(70, popsize=32, unit=16)),
+    """The same, larger, and once more from what the better driver sees."""
+    rounds = (
+        _first_round(20),
+        _next_round(256, 3000, 1500, 60, 6),
+        _next_round(256, 3000, 2000, 120, 12, episodes=4),
     )
-    return WorldModelConfig(
-        vision=_VISION,
-        memory=_MEMORY,
-        checks=64,
-        rounds=(_first_round(20), _second_round(256, 3000, 1500, 100, 100, 10), polish),
-    )
+    return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=64, rounds=rounds)
 
 
 def carracing_hour_dream() -> WorldModelConfig:
@@ -98,11 +92,15 @@ def carracing_hour_dream() -> WorldModelConfig:
 
     A population outgrows its dream sooner or later, so a new one begins every third round (docs/LOG.md).
     """
+
+    def dreamers(number: int, generations: int, horizon: int = 250) -> PopulationConfig:
+        return _dream(generations, name=f"dream-{number}", seed=2 + number, horizon=horizon)
+
     first = RoundConfig(
         collect=CollectConfig(wandering=512, random=128, max_steps=500, stuck=50),
         vision=_learn(3000),
         memory=_learn(1000, batch=64, lr=2e-3),
-        populations=(_dreamers(0, 30, horizon=150),),
+        populations=(dreamers(0, 30, horizon=150),),
     )
     later = RoundConfig(
         collect=CollectConfig(noisy=64, max_steps=1000, stuck=50), memory=_learn(300, batch=96, lr=1e-3), fresh=0.5
@@ -110,18 +108,13 @@ def carracing_hour_dream() -> WorldModelConfig:
     seeing = replace(later, vision=_learn(2000, lr=2e-3), memory=_learn(1000, batch=64, lr=2e-3), restart=True)
 
     def turn(number: int, begin: RoundConfig = later, onward: int = 2) -> tuple[RoundConfig, ...]:
-        again = replace(later, populations=(_dreamers(number, 15),))
-        return replace(begin, populations=(_dreamers(number, 40),)), *[again] * onward
+        again = replace(later, populations=(dreamers(number, 15),))
+        return replace(begin, populations=(dreamers(number, 40),)), *[again] * onward
 
     rounds = [first, *turn(1), *turn(2, seeing), *turn(3), *turn(4)]
     for number in range(5, 11):
         rounds += turn(number, onward=3)
     return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=32, rounds=tuple(rounds))
-
-
-def _dreamers(number: int, generations: int, horizon: int = 250) -> PopulationConfig:
-    population = _dream(generations, popsize=32, horizon=horizon, unit=16, lost_cost=400.0)
-    return replace(population, name=f"dream-{number}", evolution=replace(population.evolution, seed=2 + number))
 
 
 def carracing_paper() -> WorldModelConfig:
