@@ -226,8 +226,9 @@ def gather_starts(
     episodes += [everything[i] for i in rng.permutation(len(everything))[: START_EPISODES - len(episodes)]]
     each = -(-config.starts // len(episodes))
     found: dict[str, list[np.ndarray]] = {"z": [], "h": [], "c": [], "reward_prev": []}
-    for z, rewards, h, c in _remembered(store, key, memory, episodes, rng):
-        at = _moments(rewards, each, rng)
+    survival = make_world(config.world).survival
+    for e, (z, rewards, h, c) in zip(episodes, _remembered(store, key, memory, episodes, rng), strict=True):
+        at = _moments(rewards, each, rng, died=survival and e.terminated)
         before = np.concatenate([[np.float32(0)], rewards])
         for name, value in (("z", z[at]), ("h", h[at]), ("c", c[at]), ("reward_prev", before[at])):
             found[name].append(np.asarray(value, np.float32))
@@ -236,17 +237,17 @@ def gather_starts(
     return {name: value[chosen] for name, value in joined.items()}
 
 
-def _moments(rewards: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def _moments(rewards: np.ndarray, count: int, rng: np.random.Generator, died: bool = False) -> np.ndarray:
     """Steps int [count] of an episode at which dreams may begin.
 
     A quarter are of its first second, the others are drawn from wherever the agent was getting on: where it has long lost its way there is
-    nothing to learn but to wait. If it lost its way in the end, a half of the others are of the second and a half before that: what undid it
-    is in sight by then, and need not be dreamt up, which M does too seldom.
+    nothing to learn but to wait. If it died or lost its way in the end, a half of the others are of the second and a half before that: what
+    undid it is in sight by then, and need not be dreamt up, which M does too seldom.
     """
     under_way = _under_way(rewards)
     places = np.flatnonzero(under_way)
     at = places[rng.integers(0, len(places), count)]
-    if not under_way[-1]:
+    if died or not under_way[-1]:
         last = int(np.flatnonzero(rewards > 0)[-1]) if (rewards > 0).any() else 0
         at = np.where(rng.random(count) < 0.5, rng.integers(max(0, last - 75), last + 1, count), at)
     return np.where(rng.random(count) < 0.25, rng.integers(0, min(50, len(rewards)), count), at)

@@ -1,9 +1,13 @@
 """What dreams are worth: the same preset with populations in both worlds and in the real one alone, score over wall time.
 
     python benchmarks/worth.py --seeds 0 1 2 --runs worth      # pairs of runs, one after another; minutes each
+    python benchmarks/worth.py --seeds 0 1 2 --runs worth --beside RUN    # also a run that is there, of dreams alone say
 
 A run that is there already is read, not made again. The score is that of the real population's mean on tracks of the twin: at its
-checks while it evolves (16 tracks, the same each time), and at the end of the run (`checks` tracks). Times are of the whole run so far.
+checks while it evolves (16 tracks, the same each time), and at the end of the run (`checks` tracks); of a run without such a population
+that of its best controller so far, at the check of each round. Times are of the whole run so far. Steps are those of the real world
+(its twin) that the run learnt from, in collecting and in evolution; the last column of times is what it would have taken had each of
+them cost what Gymnasium's own environment takes (`--rate` steps/s of the machine, see benchmarks/environment.py).
 """
 
 import argparse
@@ -27,17 +31,31 @@ def variant(preset: str, seed: int, both: bool) -> Any:
     return replace(config, seed=seed, rounds=rounds, check_episodes=0, film_steps=0)
 
 
-def curve(run: Any) -> tuple[list[tuple[float, float]], float]:
-    """((seconds since the start, score) at every check of the real population, the final score)."""
-    began = min(line["time"] for line in run.metrics())
-    lines = [line for line in run.metrics("evolve-real") if line.get("mean_of_mean") is not None]
-    points = [(line["time"] - began, line["mean_of_mean"]) for line in lines]
-    last = [line for line in run.metrics("check") if line["world"] == "real"][-1]
-    return [*points, (last["time"] - began, last["real_mean"])], last["real_mean"]
+def curve(run: Any) -> list[tuple[float, int, float]]:
+    """(seconds since the start, real steps learnt from, score) at every check."""
+    began, steps, points = min(line["time"] for line in run.metrics()), 0, []
+    drives = any(p.world == "real" for plan in run.config.rounds for p in plan.populations)
+    best = -1000.0
+    for line in sorted(run.metrics(), key=lambda line: line["time"]):
+        if line["stage"] in ("collect", "evolve-real"):
+            steps += int(line["env_steps"])
+        if line["stage"] == "evolve-real" and line.get("mean_of_mean") is not None:
+            points.append((line["time"] - began, steps, line["mean_of_mean"]))
+        elif line["stage"] == "check" and line["world"] == ("real" if drives else "dream"):
+            best = max(best, line["real_mean"])
+            points.append((line["time"] - began, steps, line["real_mean"] if drives else best))
+    return points
 
 
-def first_time(points: list[tuple[float, float]], mark: float) -> float | None:
-    return next((seconds for seconds, score in points if score >= mark), None)
+def row_of(run: Any, rate: float) -> dict[str, Any]:
+    """What a run reached, and when."""
+    points = curve(run)
+    row: dict[str, Any] = {"final": points[-1][2], "seconds": points[-1][0], "steps": points[-1][1]}
+    for mark in MARKS:
+        seconds, steps, _ = next((point for point in points if point[2] >= mark), (None, None, None))
+        row |= {f"s to {mark:.0f}": seconds, f"steps to {mark:.0f}": steps}
+        row[f"s to {mark:.0f} at Gymnasium's speed"] = None if seconds is None else seconds + steps / rate
+    return row
 
 
 def main() -> None:
@@ -45,6 +63,8 @@ def main() -> None:
     parser.add_argument("--preset", default="carracing-quick")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/worth"))
+    parser.add_argument("--beside", type=Path, nargs="*", default=[])
+    parser.add_argument("--rate", type=float, default=271.0)
     arguments = parser.parse_args()
     from oneira.cluster.executor import RayExecutor
     from oneira.platform.runs import Run
@@ -58,15 +78,20 @@ def main() -> None:
                     Run.create(folder, arguments.preset, variant(arguments.preset, seed, both))
                 run = Run.open(folder)
                 run.config.train(run, executor)
-                points, final = curve(run)
-                row = {"seed": seed, "worlds": "both" if both else "real", "final": final, "seconds": points[-1][0]}
-                row |= {f"s to {mark:.0f}": first_time(points, mark) for mark in MARKS}
+                row = {"seed": seed, "worlds": "both" if both else "real", **row_of(run, arguments.rate)}
                 table.append(row)
                 print(json.dumps(row), flush=True)
-    for key in ("final", "seconds", *(f"s to {mark:.0f}" for mark in MARKS)):
+    for key in [key for key in table[0] if key not in ("seed", "worlds")]:
         ours, theirs = ([row[key] for row in table if row["worlds"] == worlds] for worlds in ("both", "real"))
-        pairs = [f"{a:.0f} / {b:.0f}" if a and b else f"{a} / {b}" for a, b in zip(ours, theirs, strict=True)]
-        print(f"{key:10s} both / real alone: {', '.join(pairs)}")
+        pairs = ", ".join(f"{_said(a)} / {_said(b)}" for a, b in zip(ours, theirs, strict=True))
+        print(f"{key:32s} both / real alone: {pairs}")
+    for path in arguments.beside:
+        for key, value in row_of(Run.open(path), arguments.rate).items():
+            print(f"{key:32s} {path.name}: {_said(value)}")
+
+
+def _said(value: float | None) -> str:
+    return "never" if value is None else f"{value:,.0f}"
 
 
 if __name__ == "__main__":

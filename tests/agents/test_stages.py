@@ -67,4 +67,7 @@ def test_dreams_often_start_before_what_undid_the_agent():
     share, usual = 76 / 385, 76 / 400  # of the moments at which it was getting on: 35 more than it made progress
     np.testing.assert_allclose(before, [0.75 * (0.5 + 0.5 * share), 0.75 * usual], atol=0.015)
     assert (_moments(crashed, 20_000, rng) < 50).mean() > 0.25
+    alive = np.ones(350)  # where staying alive is all, the end of an episode is what undid it
+    ends = [np.mean(_moments(alive, 20_000, rng, died=died) >= 274) for died in (True, False)]
+    assert ends[0] > 0.45 and ends[1] < 0.25
     assert _moments(np.full(60, -0.1), 500, rng).max() < 50  # it never got on: only the beginning counts
