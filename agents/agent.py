@@ -87,6 +87,9 @@ def agent_tree(run: Run | str | Path, stage: str = "best") -> dict[str, Any]:
     Args:
         stage: "real" or "dream": the controller bred in that world. "best": the one with the better real check.
 
+    Returns:
+        {"model": packed world model, "params": float32 [P], "stage": the world it was bred in, "tau": of that population's dreams, "key"}.
+
     Raises:
         UsageError: unknown stage. DataError: the run holds no such controller (yet).
     """
@@ -107,7 +110,9 @@ def agent_tree(run: Run | str | Path, stage: str = "best") -> dict[str, Any]:
         raise DataError(f"'{run.path}' has no controller of stage '{stage}'; it has: {', '.join(sorted(checks))}.")
     model = packed_model(run, run.config, checks[name]["memory"])
     model.pop("starts")
-    tree = {"model": model, "params": kept.tensors[name].numpy(), "stage": name}
+    entry = checks[name]
+    tau = next(p.tau for p in run.config.rounds[entry["round"]].populations if p.name == entry["population"])
+    tree = {"model": model, "params": kept.tensors[name].numpy(), "stage": name, "tau": tau}
     return {"key": digest([model["key"], tree["params"]]), **tree}
 
 

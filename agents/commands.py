@@ -41,7 +41,7 @@ def evaluate(
         opened = Run.open(run)
         tree = agent_tree(opened, stage)
         if world == "dream":
-            score = evaluate_dream(opened, tree, seeds, stage=stage)
+            score = evaluate_dream(opened, tree, seeds, stage=stage, tau=tree["tau"])
         else:
             with make_executor(executor, address) as workers:
                 score = evaluate_reference(tree, seeds, workers, world=opened.config.world, stage=stage)

@@ -41,12 +41,12 @@ def reconstructions(run: Run, count: int = 12) -> Path:
     return path
 
 
-def dream_frames(run: Run, seed: int, steps: int = 1000, tau: float = 1.0) -> Iterator[np.ndarray]:
-    """The run's controller in its dream, decoded: uint8 [64, 64, 3] for each step until the dream ends."""
+def dream_frames(run: Run, seed: int, steps: int = 1000) -> Iterator[np.ndarray]:
+    """The run's controller in its dream, at the temperature it was bred at: uint8 [64, 64, 3] for each step until the dream ends."""
     agent = load_agent(run)
     controller = Controller(run.config.controller)
     source = dream_source(run)
-    env = make_dream(source, num_envs=1, obs="latent", tau=tau, seed=seed)
+    env = make_dream(source, num_envs=1, obs="latent", tau=agent.tree["tau"], seed=seed)
     env.reset(seed=seed)
     for _ in range(steps):
         yield source.decode(env.features("z"))[0]
