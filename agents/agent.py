@@ -88,7 +88,8 @@ def agent_tree(run: Run | str | Path, stage: str = "best") -> dict[str, Any]:
         stage: "real" or "dream": the controller bred in that world. "best": the one with the better real check.
 
     Returns:
-        {"model": packed world model, "params": float32 [P], "stage": the world it was bred in, "tau": of that population's dreams, "key"}.
+        {"model": packed world model, "memory": the checkpoint it is of, "params": float32 [P], "stage": the world it was bred in,
+        "tau": of that population's dreams, "key"}.
 
     Raises:
         UsageError: unknown stage. DataError: the run holds no such controller (yet).
@@ -112,7 +113,9 @@ def agent_tree(run: Run | str | Path, stage: str = "best") -> dict[str, Any]:
     model.pop("starts")
     entry = checks[name]
     tau = next(p.tau for p in run.config.rounds[entry["round"]].populations if p.name == entry["population"])
-    tree = {"model": model, "params": kept.tensors[name].numpy(), "stage": name, "tau": tau}
+    tree = {
+        "model": model, "memory": entry["memory"], "params": kept.tensors[name].numpy(), "stage": name, "tau": tau,
+    }  # fmt: skip
     return {"key": digest([model["key"], tree["params"]]), **tree}
 
 

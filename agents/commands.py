@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run's folder, or its name in runs/.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name in runs/.")],
     world: Annotated[str, typer.Option(help="real: the reference environment. dream: the run's own dream.")] = "real",
     stage: Annotated[str, typer.Option(help="Which controller: best, dream or real.")] = "best",
     episodes: Annotated[int, typer.Option(help="How many.")] = 100,
@@ -26,6 +26,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Score a run's controller on episodes never used in training."""
+    from oneira.platform.checkpoints import json_bytes, write_replacing
     from oneira.platform.console import json_on_stdout
     from oneira.platform.errors import UsageError, did_you_mean
     from oneira.platform.runs import Run
@@ -33,10 +34,16 @@ def evaluate(
 
     from .agent import agent_tree
     from .evaluation import evaluate_dream, evaluate_reference, reported_seeds
+    from .evolving import TRAINING_SEEDS
 
     if world not in ("real", "dream"):
         raise UsageError(f"unknown world '{world}'. {did_you_mean(world, ('real', 'dream'))}")
     seeds = reported_seeds(episodes, seed)
+    if world == "real" and seed < TRAINING_SEEDS:
+        print(
+            f"note: training draws its tracks from [0, {TRAINING_SEEDS}); this score may be of some of them",
+            file=sys.stderr,
+        )
     with json_on_stdout(as_json) as emit:
         opened = Run.open(run)
         tree = agent_tree(opened, stage)
@@ -47,7 +54,7 @@ def evaluate(
                 score = evaluate_reference(tree, seeds, workers, world=opened.config.world, stage=stage)
         place = opened.path / "evaluations" / f"{world}-{stage}-{seed}-{episodes}.json"
         place.parent.mkdir(exist_ok=True)
-        place.write_text(json.dumps(score, indent=1), encoding="utf-8")
+        write_replacing(place, json_bytes(score))
         emit(score)
         spread = (
             ""
@@ -58,7 +65,7 @@ def evaluate(
 
 
 def record(
-    run: Annotated[str, typer.Argument(help="A run's folder, or its name in runs/.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name in runs/.")],
     out: Annotated[Path, typer.Option(help="The MP4 to write.")],
     world: Annotated[str, typer.Option(help="real, dream, or both side by side.")] = "both",
     seed: Annotated[int, typer.Option(help="Of the track and the dream.")] = 2**30,

@@ -155,7 +155,7 @@ def evaluate_reference(
 def evaluate_dream(
     run: Any, agent: Any, seeds: Sequence[int], *, stage: str = "best", tau: float = 1.0
 ) -> dict[str, Any]:
-    """Score an agent's controller in the run's own dream: what it believes, not what it is worth. Arguments as above.
+    """Score an agent's controller in the dream it was bred on: what it believes, not what it is worth. Arguments as above.
 
     Dream i starts from, and is dreamed with, the random numbers of seed i; rewards are M's expectations.
     """
@@ -166,7 +166,7 @@ def evaluate_dream(
     started = time.monotonic()
     controller = agent_from_tree(agent)
     names = run.config.controller.features
-    env = make_dream(dream_source(run), num_envs=len(seeds), obs="latent", tau=tau)
+    env = make_dream(dream_source(run, agent["memory"]), num_envs=len(seeds), obs="latent", tau=tau)
     env.reset(seed=[int(seed) for seed in seeds])
     returns, running, steps = np.zeros(len(seeds)), np.ones(len(seeds), bool), 0
     while running.any():

@@ -28,6 +28,7 @@ from .fitness import dream_unit, real_unit
 from .settings import PopulationConfig, RoundConfig, WorldModelConfig
 
 TRAINING_SEEDS = 2**24
+SAVE_SECONDS = 30.0  # of evolution that a kill may cost
 
 
 def seed_of(*parts: int | str) -> int:
@@ -191,7 +192,7 @@ def _segment(
         s.population.tell(fitness)
         s.told += 1
         s.log(run, round_index, searches.index(s), fitness, began)
-        if time.perf_counter() - saved > 30:  # when to save changes no result
+        if time.perf_counter() - saved > SAVE_SECONDS:  # when to save changes no result
             save(segment)
             saved = time.perf_counter()
         ask(s)

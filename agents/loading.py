@@ -20,14 +20,17 @@ from .worldmodel import unpack
 __all__ = ["Agent", "agent_tree", "dream_source", "load_agent"]
 
 
-def dream_source(run: Run | str | Path) -> DreamSource:
-    """The newest world model of a run, as a dream.
+def dream_source(run: Run | str | Path, memory: str = "") -> DreamSource:
+    """A world model of a run, as a dream.
+
+    Args:
+        memory: the checkpoint of M, which names its V; "" is the newest. A controller reads the z and h of the one it was bred on only.
 
     Raises:
         DataError: the run has no trained world model yet.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    memory = newest(run, "memory")
+    memory = memory or newest(run, "memory")
     if not memory:
         raise DataError(f"'{run.path}' holds no world model yet. Continue it: oneira resume {run.path}")
     tree = packed_model(run, run.config, memory)

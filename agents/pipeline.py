@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from oneira.platform.checkpoints import Checkpoint
+from oneira.platform.checkpoints import Checkpoint, json_bytes, write_replacing
 from oneira.platform.devices import num_cores
 from oneira.platform.executor import Executor
 from oneira.platform.runs import Run
@@ -39,6 +39,7 @@ def train(config: WorldModelConfig, run: Run, executor: Executor) -> dict[str, A
     populations: dict[str, Population] = {}
     shared: Any = None
     controllers: list[np.ndarray] = []
+    _drop_leftovers(run)
     for index in range(len(config.rounds)):
         shared, populations, controllers = _round(config, index, run, executor, shared, populations, controllers)
     scores = _final_scores(config, run, executor)
@@ -81,6 +82,14 @@ def _round(
     return shared, populations, [p.best_mean() for p in populations.values()] or controllers
 
 
+def _drop_leftovers(run: Run) -> None:
+    """States of training whose result is there already: a kill between the two leaves them."""
+    for name in run.checkpoints.names():
+        done, fit, _ = name.partition("-fit")
+        if fit and run.checkpoints.exists(done):
+            run.checkpoints.delete(name)
+
+
 def _last(run: Run, stage: str, before: int) -> str:
     """Name of the newest checkpoint of a stage from a round before `before`, or ""."""
     names = [f"{r:02d}-{stage}" for r in range(before) if run.checkpoints.exists(f"{r:02d}-{stage}")]
@@ -89,13 +98,17 @@ def _last(run: Run, stage: str, before: int) -> str:
 
 @contextmanager
 def _timed(run: Run, executor: Executor, stage: str, index: int) -> Iterator[None]:
-    """Log how long a stage took, here and now (a resumed stage counts what this process spent on it), and how long units of work ran."""
+    """Log how long a stage took and how long units of work ran. A stage that is entered again adds to what it took before."""
     began, worked = time.perf_counter(), executor.core_seconds
     yield
     order = ("collect", "vision", "memory", "evolve", "check", "score", "film", "populations")
+    step = index * len(order) + order.index(stage)
+    before = next(
+        (line for line in run.metrics("stage") if line["step"] == step), {"seconds": 0.0, "core_seconds": 0.0}
+    )
     run.log(
-        "stage", index * len(order) + order.index(stage), name=stage, round=index, seconds=time.perf_counter() - began,
-        core_seconds=executor.core_seconds - worked, cores=num_cores(),
+        "stage", step, name=stage, round=index, seconds=before["seconds"] + time.perf_counter() - began,
+        core_seconds=before["core_seconds"] + executor.core_seconds - worked, cores=num_cores(),
     )  # fmt: skip
 
 
@@ -221,7 +234,7 @@ def _final_scores(config: WorldModelConfig, run: Run, executor: Executor) -> dic
             tree = agent_tree(run)
             score = evaluate_reference(tree, reported_seeds(config.check_episodes), executor, world=config.world)
             place.parent.mkdir(exist_ok=True)
-            place.write_text(json.dumps(score, indent=1), encoding="utf-8")
+            write_replacing(place, json_bytes(score))
     if not place.exists():
         return {}
     score = json.loads(place.read_text(encoding="utf-8"))
@@ -233,5 +246,6 @@ def _pictures(config: WorldModelConfig, run: Run) -> None:
     from .showing import film, reconstructions
 
     reconstructions(run)
-    if config.film_steps:
-        film(run, run.media("real-and-dream.mp4"), world="both", seed=DEFAULT_SEED, steps=config.film_steps)
+    place = run.media("real-and-dream.mp4")
+    if config.film_steps and not place.exists():
+        film(run, place, world="both", seed=DEFAULT_SEED, steps=config.film_steps)

@@ -52,7 +52,8 @@ def score_populations(config: WorldModelConfig, run: Run, executor: Executor) ->
 def _scores(
     config: WorldModelConfig, run: Run, executor: Executor, p: PopulationConfig, model: dict[str, Any], params: np.ndarray
 ) -> dict[str, Any]:  # fmt: skip
-    tree = {"key": digest([model["key"], params]), "model": model, "params": params}
+    memory = f"{len(config.rounds) - 1:02d}-memory"
+    tree = {"key": digest([model["key"], params]), "model": model, "memory": memory, "params": params}
     seeds = reported_seeds(config.population_episodes)
     real = evaluate_reference(tree, seeds, executor, world=config.world, stage=p.name)
     dream = evaluate_dream(run, tree, seeds, stage=p.name, tau=p.tau)

@@ -107,14 +107,12 @@ def carracing_hour_dream() -> WorldModelConfig:
     )
     seeing = replace(later, vision=_learn(2000, lr=2e-3), memory=_learn(1000, batch=64, lr=2e-3), restart=True)
 
-    def turn(number: int, begin: RoundConfig = later, onward: int = 2) -> tuple[RoundConfig, ...]:
-        again = replace(later, populations=(dreamers(number, 15),))
-        return replace(begin, populations=(dreamers(number, 40),)), *[again] * onward
+    def turn(number: int, begin: RoundConfig) -> tuple[RoundConfig, ...]:
+        onward = replace(later, populations=(dreamers(number, 15),))
+        return replace(begin, populations=(dreamers(number, 40),)), onward, onward
 
-    rounds = [first, *turn(1), *turn(2, seeing), *turn(3), *turn(4)]
-    for number in range(5, 11):
-        rounds += turn(number, onward=3)
-    return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=32, rounds=tuple(rounds))
+    rounds = (first, *turn(1, later), *turn(2, seeing), *turn(3, later), *turn(4, later))
+    return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=32, rounds=rounds)
 
 
 def carracing_paper() -> WorldModelConfig:

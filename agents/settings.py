@@ -188,6 +188,7 @@ class WorldModelConfig:
                 f"memory.discrete is {self.memory.discrete}, memory.action {self.memory.action}, controller.action_space "
                 f"'{self.controller.action_space}'."
             )
+        _starts_exist(self.rounds)
         if not self.rounds or not self.rounds[0].collect.episodes or self.rounds[0].vision is None:
             raise ConfigError("a run needs a first round that collects episodes and trains V.")
 
@@ -214,6 +215,18 @@ class WorldModelConfig:
         from .report import build_report
 
         return build_report(run)
+
+
+def _starts_exist(rounds: tuple[RoundConfig, ...]) -> None:
+    """A population that starts from another needs that one in the round before."""
+    known: set[str] = set()
+    for index, plan in enumerate(rounds):
+        for p in plan.populations:
+            if p.start != "zero" and p.start not in known:
+                raise ConfigError(
+                    f"population '{p.name}' of round {index} starts from '{p.start}'. {did_you_mean(p.start, known | {'zero'})}"
+                )
+        known = {p.name for p in plan.populations}
 
 
 def _smoke_round(r: RoundConfig) -> RoundConfig:
@@ -249,4 +262,6 @@ def _smoke_round(r: RoundConfig) -> RoundConfig:
 def _smoke_training(settings: TrainSettings | None) -> TrainSettings | None:
     if settings is None:
         return None
-    return replace(settings, steps=min(settings.steps, 20), batch_size=min(settings.batch_size, 32), log_every=10)
+    return replace(
+        settings, steps=min(settings.steps, 20), batch_size=min(settings.batch_size, 32), save_every=5, log_every=10
+    )

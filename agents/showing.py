@@ -45,7 +45,7 @@ def dream_frames(run: Run, seed: int, steps: int = 1000) -> Iterator[np.ndarray]
     """The run's controller in its dream, at the temperature it was bred at: uint8 [64, 64, 3] for each step until the dream ends."""
     agent = load_agent(run)
     controller = Controller(run.config.controller)
-    source = dream_source(run)
+    source = dream_source(run, agent.tree["memory"])
     env = make_dream(source, num_envs=1, obs="latent", tau=agent.tree["tau"], seed=seed)
     env.reset(seed=seed)
     for _ in range(steps):

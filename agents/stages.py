@@ -127,6 +127,7 @@ def fit_vision(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:
 def see_all(run: Run, config: WorldModelConfig, round_index: int, vision: VAE, key: str) -> None:
     """Encode every frame of the round's data that this V has not seen yet: (mu, logvar) beside the frames."""
     store = round_store(run, config, round_index)
+    store.drop_derived(key)  # what an earlier V saw, nobody asks for again
     encode = fast_encoder(vision)
     for shard in store.latents(key).missing():
         parts = [tuple(np.asarray(x, np.float32) for x in encode(frames)) for frames in store.chunks(shard)]

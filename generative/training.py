@@ -105,7 +105,12 @@ def fit(
     with device.lease(bytes=state.num_bytes(), priority="train") as lease:
         for step in range(state.step, settings.steps):
             lease.step()
-            values = _update(state, _to(batch_at(step), place), place)
+            try:
+                values = _update(state, _to(batch_at(step), place), place)
+            except NumericalError:
+                if checkpoints is not None and settings.save_every and state.step:
+                    checkpoints.save(name, *state.save(), step=state.step)
+                raise
             done = state.step == settings.steps
             if checkpoints is not None and settings.save_every and (done or state.step % settings.save_every == 0):
                 checkpoints.save(name, *state.save(), step=state.step)

@@ -49,9 +49,10 @@ def train(
 ) -> None:
     """Train a preset: world model, controller, report."""
     from .console import json_on_stdout
-    from .training import open_or_create, read_preset, read_settings
+    from .training import find_executor, open_or_create, read_preset, read_settings
 
     with json_on_stdout(as_json) as emit:
+        find_executor(executor, address)  # a misspelt one must not leave a new run behind
         name, config = read_preset(preset, read_settings(settings or []), smoke)
         opened, is_new = open_or_create(name, config, run, sys.argv, smoke)
         _train(opened, is_new, executor, address, emit)
@@ -217,7 +218,10 @@ def _explain(error: Exception) -> int:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _fail(f"no room is left on the disk ({error.filename or 'while writing'}).", 3)
-    hint = "" if os.environ.get("ONEIRA_DEBUG") == "1" else " (ONEIRA_DEBUG=1 shows where)"
+    more = str(error).partition("\n")[2]
+    if more:  # a worker's error brings its traceback along
+        print(more, file=sys.stderr)
+    hint = "" if os.environ.get("ONEIRA_DEBUG") == "1" or more else " (ONEIRA_DEBUG=1 shows where)"
     return _fail(f"{type(error).__name__}: {_one_line(error)}{hint}", OneiraError.exit_code)
 
 

@@ -48,17 +48,21 @@ def open_or_create(
     return run, False
 
 
-def make_executor(name: str, address: str | None) -> Any:
-    """The executor called `name`; `address` is that of a cluster, for those which take one."""
+def find_executor(name: str, address: str | None) -> Any:
+    """What makes the executor called `name`. Raises where there is none, and for an address that it does not take."""
     try:
         factory = load_entry_point("oneira.executors", "executor", name)
     except EnvironmentMissing as error:
         raise EnvironmentMissing(f"{error} (or give --executor serial, which needs no cluster)") from error
-    if not address:
-        return factory()
-    if "address" not in inspect.signature(factory).parameters:
+    if address and "address" not in inspect.signature(factory).parameters:
         raise UsageError(f"The executor '{name}' takes no --address.")
-    return factory(address=address)
+    return factory
+
+
+def make_executor(name: str, address: str | None) -> Any:
+    """The executor called `name`; `address` is that of a cluster, for those which take one."""
+    factory = find_executor(name, address)
+    return factory(address=address) if address else factory()
 
 
 class _Terminated(KeyboardInterrupt):

@@ -86,6 +86,17 @@ def test_the_run_is_a_gymnasium_environment(undisturbed):
     assert frames.shape == (3, 64, 64, 3) and frames.dtype == np.uint8
 
 
+def test_a_film_shows_both_worlds(undisturbed, tmp_path):
+    import imageio.v3 as iio
+
+    from oneira.agents.showing import film
+
+    frames = film(Run.open(undisturbed[0]), tmp_path / "both.mp4", steps=12)
+    seen = iio.imread(tmp_path / "both.mp4")
+    assert frames == 12 and len(seen) == 12 and seen.shape[2] > seen.shape[1]  # side by side
+    assert np.abs(np.diff(seen.astype(int), axis=0)).max() > 10  # they move
+
+
 def test_evaluate_in_the_dream_gives_the_promised_json(undisturbed, command):
     arguments = ["evaluate", str(undisturbed[0]), "--world", "dream", "--episodes", "3", "--seed", "5", "--json"]
     done = subprocess.run(command(None, *arguments), capture_output=True, text=True, timeout=200)

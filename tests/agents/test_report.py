@@ -166,6 +166,15 @@ def test_an_unfinished_run_has_a_report_too(tmp_path: Path, kept: int) -> None:
     assert "not been scored yet" in build_report(run).read_text()
 
 
+def test_a_dream_score_is_no_real_score(run: Run) -> None:
+    place = run.path / "evaluations" / "best.json"
+    dreamt = json.loads(place.read_text()) | {"env_id": "oneira/Dream-v0", "mean": 4321.0, "ci95": [4300.0, 4350.0]}
+    (place.parent / "dream-best-5-3.json").write_text(json.dumps(dreamt))
+    html = build_report(run).read_text(encoding="utf-8")
+    before, after = html.split("what they believe and not what they are worth")
+    assert "4321" not in before.replace(",", "") and "4321" in after.replace(",", "")
+
+
 def test_a_damaged_evaluation_is_named(run: Run) -> None:
     (run.path / "evaluations" / "best.json").write_text("{}")
     with pytest.raises(DataError, match=r"best\.json"):
