@@ -51,7 +51,7 @@ class DecoderConfig:
     first attend. blocks: residual blocks of a level."""
 
     size: int = 64
-    widths: tuple[int, ...] = (48, 96, 192)
+    widths: tuple[int, ...] = (48, 96, 128)
     blocks: int = 1
 
     def __post_init__(self) -> None:

@@ -52,7 +52,9 @@ def square_clip(name: str) -> Clip:
     clip = load_clip(name)
     embed, width, _ = clip.shape
     if embed != width:
-        raise ConfigError(f"The CLIP of '{name}' has embeddings of {embed} and text states of {width}; a prior needs them equal.")
+        raise ConfigError(
+            f"The CLIP of '{name}' has embeddings of {embed} and text states of {width}; a prior needs them equal."
+        )
     return clip
 
 

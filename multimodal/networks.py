@@ -76,7 +76,9 @@ def halve(folder: Path) -> None:
 
     for path in sorted(folder.rglob("*.safetensors")):
         tensors = safetensors.torch.load_file(path)
-        save_tensors({key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}, path)
+        save_tensors(
+            {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}, path
+        )
 
 
 def count_parameters(model: torch.nn.Module) -> int:
