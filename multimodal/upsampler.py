@@ -36,8 +36,9 @@ from .stages import PictureRequest, Plan
 SCHEDULE = Schedule(kind="offset-cosine")
 BLOCK = 4  # pixels of a block, along each side
 GROUPS = 8  # of the group norms
-NOISIEST = 0.25  # standard deviation of the conditioning noise, at most
-NOISE = 0.05  # when drawing
+NOISIEST = 0.1  # standard deviation of the conditioning noise, at most
+NOISE = 0.02  # when drawing
+CHANGE = 0.1  # deviation, roughly, of a true picture from an enlarged one: what the network's output is a multiple of
 STRENGTHS = 1000.0  # what the network is told is the noise in this unit, like a timestep
 
 
@@ -92,7 +93,7 @@ class Upsampler(nn.Module):
         if self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
             seen = seen.contiguous(memory_format=torch.channels_last)
         found = self.unet(seen, t, class_labels=strength * STRENGTHS).sample
-        return enlarged + F.pixel_shuffle(found.float(), BLOCK)
+        return enlarged + CHANGE * F.pixel_shuffle(found.float(), BLOCK)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Squared error of x_0. batch: large uint8 [B, S, S, 3], small uint8 [B, S / 2, S / 2, 3]."""
