@@ -67,7 +67,7 @@ def part_folder(name: str) -> Path:
     place = place_of(name)
     for folder in (place / "model", place):
         if (folder / "config.json").is_file() or (folder / AR_CONFIG).is_file():
-            if folder == place and (place / "checkpoints").is_dir():
+            if (folder / "provenance.json").is_file():
                 break  # a run's own config.json: it is not trained yet
             return folder
     raise DataError(f"'{place}' holds no trained network: `oneira resume {name}` goes on with a run.")
