@@ -15,4 +15,7 @@ packages = list(package_dir)
 for folder in FOLDERS:
     packages += [f"oneira.{folder}.{inner}" for inner in find_namespace_packages(folder) if "__pycache__" not in inner]
 
-setup(packages=packages, package_dir=package_dir)
+# The weights that ship with the package.
+package_data = {"oneira.multimodal": ["builtin/*", "builtin/*/*"]}
+
+setup(packages=packages, package_dir=package_dir, package_data=package_data)

@@ -107,6 +107,12 @@ class Clip(nn.Module):
     def image_size(self) -> int:
         return self.settings["model_cfg"]["vision_cfg"]["image_size"]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """E, W and L: of an embedding, of a text's state, of a text."""
+        text = self.settings["model_cfg"]["text_cfg"]
+        return self.settings["model_cfg"]["embed_dim"], text["width"], text["context_length"]
+
     def pixels(self, pictures: np.ndarray | Tensor) -> Tensor:
         """Pictures uint8 [B, H, W, 3] of any size -> what the network takes, float32 [B, 3, S, S]."""
         x = torch.as_tensor(pictures).to(self.mean.device).permute(0, 3, 1, 2).float() / 255
@@ -141,7 +147,11 @@ class Clip(nn.Module):
     @torch.no_grad()
     def read_texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Texts -> embeddings float32 [B, E], states [B, L, W], and bool [B, L]: which states belong to the text."""
-        tokens = self.tokens(texts)
+        return self.read_tokens(self.tokens(texts))
+
+    @torch.no_grad()
+    def read_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`read_texts` for numbers of words int64 [B, L]."""
         ends = (tokens == self.words.number(END)).int().argmax(1, keepdim=True)
         return *self.text_features(tokens), torch.arange(tokens.shape[1], device=tokens.device) <= ends
 

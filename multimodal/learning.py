@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +112,13 @@ def trained(run: Run) -> Any:
     except RuntimeError as error:
         raise CheckpointError(f"The weights in '{run.path}' are of another network: {error}") from error
     return model.eval()
+
+
+def smoke_of(settings: TrainSettings) -> TrainSettings:
+    """The same training, tiny."""
+    return replace(
+        settings, steps=min(settings.steps, 20), batch_size=min(settings.batch_size, 32), save_every=10, log_every=5
+    )
 
 
 def seed_of(seed: int, *place: int | str) -> int:

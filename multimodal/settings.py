@@ -13,7 +13,7 @@ from oneira.generative.training import TrainSettings
 
 from .checker import Checker, CheckerConfig
 from .clip import Clip, ClipConfig
-from .learning import UNSEEN, learn, lesson_report, seed_of
+from .learning import UNSEEN, learn, lesson_report, seed_of, smoke_of
 from .scenes import COLOURS, SHAPES, agreement, captions, draw, grid_labels, sample
 from .words import Words, with_unknown_words
 
@@ -28,7 +28,7 @@ class ClipRun:
     checks: int = 2000
 
     def smoke(self) -> ClipRun:
-        return replace(self, training=_smoke(self.training), checks=64)
+        return replace(self, training=smoke_of(self.training), checks=64)
 
     def train(self, run: Any, executor: Any) -> dict[str, Any]:
         return learn(self, run, executor)
@@ -81,7 +81,7 @@ class CheckerRun:
     checks: int = 5000
 
     def smoke(self) -> CheckerRun:
-        return replace(self, training=_smoke(self.training), checks=64)
+        return replace(self, training=smoke_of(self.training), checks=64)
 
     def train(self, run: Any, executor: Any) -> dict[str, Any]:
         return learn(self, run, executor)
@@ -115,9 +115,3 @@ def label_batch(first: int, count: int) -> dict[str, np.ndarray]:
     """Scenes `first` and on, nothing held out: pictures uint8 [B, 64, 64, 3], and their `grid_labels`."""
     scenes = sample(np.arange(first, first + count), "all")
     return {"pictures": draw(scenes, 64), **grid_labels(scenes)}
-
-
-def _smoke(settings: TrainSettings) -> TrainSettings:
-    return replace(
-        settings, steps=min(settings.steps, 20), batch_size=min(settings.batch_size, 32), save_every=10, log_every=5
-    )

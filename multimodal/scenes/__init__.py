@@ -20,6 +20,7 @@ from .attributes import (
     combo_held_out,
     compose,
     pair_held_out,
+    rearranged,
     sample,
 )
 from .captions import captions, vocabulary
@@ -43,6 +44,7 @@ __all__ = [
     "draw",
     "grid_labels",
     "pair_held_out",
+    "rearranged",
     "sample",
     "scene_batch",
     "true_reading",

@@ -119,6 +119,14 @@ def sample(indices: np.ndarray, split: str = "train", seed: int = 0) -> Scenes:
     return scenes
 
 
+def rearranged(scenes: Scenes, seed: int) -> Scenes:
+    """Other scenes that the same captions fit: the same objects, background and relation, otherwise placed and jittered."""
+    other = scenes[np.arange(len(scenes))]
+    keys = ("index", "kind", "count", "relation", "slope", "size", "x", "y", "radius", "angle", "shade")
+    _rearrange(seed, *(getattr(other, key) for key in keys))
+    return other
+
+
 def compose(things: Sequence[Thing], background: str = "white") -> Scenes:
     """One scene of the given objects, without jitter. Whether they overlap is the caller's business.
 
@@ -215,15 +223,35 @@ def _sample(
         if kind[n] == GROUP:
             count[n] = 2 + below(stream, 2)
         _draw_things(stream, split, kind[n], count[n], shape[n], colour[n], size[n])
-        for o in range(count[n]):
-            radius[n, o] = RADII[size[n, o]] * (96 + below(stream, 9)) // 100
-            angle[n, o] = below(stream, 201) - 100
-            shade[n, o] = below(stream, 25) - 12
+        _vary(stream, count[n], size[n], radius[n], angle[n], shade[n])
         if kind[n] == RELATION:
             relation[n] = below(stream, len(RELATIONS))
-            _place_beside(stream, relation[n], radius[n], x[n], y[n])
-        else:
-            _scatter(stream, count[n], radius[n], x[n], y[n])
+        _place(stream, kind[n], count[n], relation[n], radius[n], x[n], y[n])
+
+
+@numba.njit(**_JIT)
+def _rearrange(seed, index, kind, count, relation, slope, size, x, y, radius, angle, shade):
+    for n in range(len(index)):
+        stream = stream_of(seed, len(SPLITS), index[n])
+        slope[n] = below(stream, 25) - 12
+        _vary(stream, count[n], size[n], radius[n], angle[n], shade[n])
+        _place(stream, kind[n], count[n], relation[n], radius[n], x[n], y[n])
+
+
+@numba.njit(**_JIT)
+def _vary(stream, count, size, radius, angle, shade):
+    for o in range(count):
+        radius[o] = RADII[size[o]] * (96 + below(stream, 9)) // 100
+        angle[o] = below(stream, 201) - 100
+        shade[o] = below(stream, 25) - 12
+
+
+@numba.njit(**_JIT)
+def _place(stream, kind, count, relation, radius, x, y):
+    if kind == RELATION:
+        _place_beside(stream, relation, radius, x, y)
+    else:
+        _scatter(stream, count, radius, x, y)
 
 
 @numba.njit(**_JIT)

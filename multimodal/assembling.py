@@ -1,0 +1,99 @@
+"""One folder from the runs that trained its parts, in half precision: what `oneira assemble` does."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from oneira.platform.errors import DataError, UsageError
+
+from .ar_prior import CONFIG as AR_CONFIG
+from .ar_prior import ArPrior
+from .clip import Clip
+from .decoder import Decoder
+from .embedding import clip_folder
+from .learning import write_folder
+from .networks import halve
+from .prior import Prior
+from .text_to_image import ModelCard, write_card
+from .upsampler import Upsampler
+
+
+def assemble(
+    out: Path, *, clip: str, prior: str, decoder: str, upsampler: str | None = None, card: ModelCard | None = None
+) -> ModelCard:
+    """Writes a model's folder, in the place of one that is there, and returns what stands in its model.json.
+
+    Args:
+        clip, prior, decoder, upsampler: runs, or folders that hold such a network; without an upsampler pictures stay as
+            the decoder draws them.
+        card: steps, guidance and sizes; which prior it is, and whether there are sizes, is seen from the parts.
+
+    Raises:
+        DataError: a part is not there or not trained yet, or the parts do not fit each other.
+        UsageError: `out` is a folder of something else.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / "model.json").is_file():
+        raise UsageError(f"'{out}' holds something else than a model; give a new folder.")
+    sources = {"clip": clip_folder(clip), "prior": part_folder(prior), "decoder": part_folder(decoder)}
+    if upsampler is not None:
+        sources["upsampler"] = part_folder(upsampler)
+    given = card or ModelCard()
+    autoregressive = (sources["prior"] / AR_CONFIG).is_file()
+    card = ModelCard(
+        **{
+            **vars(given),
+            "prior": "autoregressive" if autoregressive else "diffusion",
+            "prior_guidance": 1.0 if autoregressive and card is None else given.prior_guidance,
+            "sizes": given.sizes if upsampler is not None else (),
+        }
+    )
+    check_parts(sources)
+
+    def write(folder: Path) -> None:
+        for name, source in sources.items():
+            shutil.copytree(source, folder / name)
+        halve(folder)
+        write_card(folder, card)
+
+    write_folder(out.absolute(), write)
+    return card
+
+
+def part_folder(name: str) -> Path:
+    """The folder with the network of a run, or `name` itself. Raises DataError where there is none."""
+    from oneira.platform.runs import place_of
+
+    place = place_of(name)
+    for folder in (place / "model", place):
+        if (folder / "config.json").is_file() or (folder / AR_CONFIG).is_file():
+            if (folder / "provenance.json").is_file():
+                break  # a run's own config.json: it is not trained yet
+            return folder
+    raise DataError(f"'{place}' holds no trained network: `oneira resume {name}` goes on with a run.")
+
+
+def check_parts(sources: dict[str, Path]) -> None:
+    """Loads every part, and raises DataError unless they were made for the same CLIP."""
+    embed, width, length = Clip.load(sources["clip"]).shape
+    prior: Prior | ArPrior
+    if (sources["prior"] / AR_CONFIG).is_file():
+        prior = ArPrior.load(sources["prior"])
+        found = {"prior": (len(prior.mean), prior.text_width, prior.length)}
+    else:
+        prior = Prior.load(sources["prior"])
+        found = {"prior": (prior.embed, prior.embed, prior.network.config.num_embeddings)}
+    decoder = Decoder.load(sources["decoder"])
+    found["decoder"] = (len(decoder.mean), len(decoder.no_text), length)
+    for name, shape in found.items():
+        if shape != (embed, width, length):
+            raise DataError(
+                f"The {name} in '{sources[name]}' is of another CLIP: embeddings, text states and length are {shape}, but of "
+                f"the CLIP in '{sources['clip']}' {(embed, width, length)}."
+            )
+    if "upsampler" in sources:
+        Upsampler.load(sources["upsampler"])
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
