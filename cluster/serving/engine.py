@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneira.platform.devices import LocalDevice, num_cores
@@ -32,11 +31,17 @@ class Stopping(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """What one stage found for one picture, in how many steps, and how much of the thread's time it cost in seconds."""
+    """What one stage did for one picture.
+
+    Args:
+        found: what it adds to the state. steps: of its network. seconds: of the thread's time, shared with those in the
+            same steps. rows: pictures in a step, itself counted, on average; 0 where no step was needed.
+    """
 
     found: State
     steps: int
     seconds: float
+    rows: float
 
 
 @dataclass(eq=False)
@@ -48,15 +53,7 @@ class _Job:
     error: Exception | None = None
     steps: int = 0
     seconds: float = 0.0
-
-
-@dataclass
-class Measured:
-    """What the engine has done since it began: steps and seconds of each stage, and how often a step had how many rows."""
-
-    steps: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
-    rows: Counter[int] = field(default_factory=Counter)
+    rows: int = 0
 
 
 class Engine:
@@ -65,7 +62,6 @@ class Engine:
     def __init__(self, models: Mapping[str, Sequence[Stage]], *, rows: int = 16, threads: int = 0) -> None:
         """`rows`: plans in one step at most. `threads`: torch's, of the one thread that steps; 0 is all cores."""
         self.models = {name: {stage.name: stage for stage in stages} for name, stages in models.items()}
-        self.measured = Measured()
         self._rows = rows
         self._jobs: dict[Key, list[_Job]] = {(name, stage): [] for name, of in self.models.items() for stage in of}
         self._device = LocalDevice()
@@ -152,12 +148,9 @@ class Engine:
         spent = time.perf_counter() - began
         for job in batch:
             job.seconds += spent / len(batch)
-            job.steps += job in left
-        if left:
-            name = f"{key[0]}/{key[1]}"
-            self.measured.steps[name] += 1
-            self.measured.seconds[name] += spent
-            self.measured.rows[len(left)] += 1
+        for job in left:
+            job.steps += 1
+            job.rows += len(left)
 
     def _settle(self, key: Key, batch: list[_Job]) -> None:
         """Back in the loop: answers those that are done, and forgets them."""
@@ -167,7 +160,8 @@ class Engine:
             if job.error is not None:
                 job.answer.set_exception(job.error)
             elif job.plan.done:
-                job.answer.set_result(Work(dict(job.plan.found), job.steps, job.seconds))
+                rows = job.rows / job.steps if job.steps else 0.0
+                job.answer.set_result(Work(dict(job.plan.found), job.steps, job.seconds, rows))
             else:
                 continue
             self._jobs[key].remove(job)

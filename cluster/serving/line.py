@@ -82,7 +82,7 @@ class Line:
             if turn.done() and not turn.cancelled():
                 ticket.taken -= 1
                 self.taken -= 1
-            else:
+            elif turn in ticket.waiting:
                 ticket.waiting.remove(turn)
             self._give()
 
