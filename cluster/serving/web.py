@@ -1,9 +1,6 @@
-"""The HTTP interface: routes, OpenAI's error shape, streams by server-sent events, and clients who go away.
+"""The HTTP interface: routes, streams by server-sent events, and the door before them. Its OpenAPI document says what `schema` says.
 
-    app = make_app(service, key=None)          # a FastAPI app, whoever hosts it
-
-A request is read and checked by hand rather than by FastAPI, so that every mistake gets OpenAI's shape, names its field and
-the nearest right one; the OpenAPI document says the same by `schema.body` and `schema.form`.
+    app = make_app(service, key=None)          # a FastAPI app over a `Service`, whoever hosts it
 """
 
 from __future__ import annotations
@@ -13,188 +10,54 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import generate_latest
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from starlette.datastructures import Headers, UploadFile
+from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oneira.multimodal.stages import PictureRequest, State
 from oneira.platform.errors import UsageError, did_you_mean
 
+from .asking import CLIENT_GONE, ApiError, ClientGone, as_api_error, gone, read_file, read_form, read_json, while_there
 from .engine import Stopping
 from .line import Full
-from .pictures import NoPicture, Shelf, from_data_url, read_edit, read_picture, slerp, write_picture
+from .pictures import Shelf, from_data_url, read_edit, read_picture, slerp, write_picture
 from .schema import SEEDS, Edit, Embedding, Generation, Interpolation, Prompt, Variation, body, form
-
-T = TypeVar("T", bound=BaseModel)
+from .service import Service
 
 MAX_BODY = 1 << 20  # bytes, where no pictures are in it
 MAX_BODY_OF = {"edits": 18 << 20, "variations": 10 << 20, "interpolations": 25 << 20}  # by the last part of the path
 OPEN_PATHS = ("/healthz", "/v1/images/files/")  # without a key: a picture's address is a secret itself
-RETRY_READY = 2  # seconds until a replica that stops or begins is likely followed by one that works
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-CLIENT_GONE = 499  # never seen by anybody but the metrics
 
 
-class ApiError(Exception):
-    """An answer in OpenAI's error shape."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code, self.retry = status, param, code, retry
-
-    @property
-    def document(self) -> dict[str, Any]:
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
-        kind = "server_error" if self.status >= 500 else kind
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
-        return JSONResponse(self.document, self.status, headers)
-
-
-class ClientGone(Exception):
-    """The client has closed its connection."""
-
-
-def make_app(service: Any, key: str | None = None) -> FastAPI:
+def make_app(service: Service, key: str | None = None) -> FastAPI:
     """The app over a `Service`. `key`: what clients must bear; None asks for none."""
     app = FastAPI(title="Oneira", version="1", docs_url=None, redoc_url=None)
-    for kind in (Exception, HTTPException):
+    for kind in (ApiError, HTTPException, Full, Stopping, UsageError, ClientGone, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(_Door, service=service, key=key)
     _Routes(service, Shelf()).add_to(app)
     return app
 
 
-def as_api_error(error: BaseException) -> ApiError:
-    """Whatever went wrong, as what the client is told."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, HTTPException):
-        return ApiError(error.status_code, str(error.detail))
-    if isinstance(error, Full):
-        return ApiError(429, str(error), code="queue_full", retry=error.retry_after)
-    if isinstance(error, Stopping):
-        return ApiError(503, "The server is not ready, or stops just now.", code="not_ready", retry=RETRY_READY)
-    if isinstance(error, UsageError):
-        return ApiError(400, str(error))
-    if isinstance(error, ClientGone):
-        return ApiError(CLIENT_GONE, "The client is gone.")
-    return ApiError(500, f"The server failed: {type(error).__name__}.", code="internal_error")
-
-
 async def _answer_error(request: Request, error: Exception) -> Response:
     return as_api_error(error).response()
-
-
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
-def check(model: type[T], fields: dict[str, Any] | bytes, *, strict: bool) -> T:
-    """The fields as the model, or ApiError 400 about the first that is wrong."""
-    try:
-        if isinstance(fields, bytes):
-            return model.model_validate_json(fields, strict=strict)
-        return model.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    names = [str(part) for part in first["loc"]]
-    param = names[0] if names else None
-    allowed = [field.alias or name for name, field in model.model_fields.items()]
-    if first["type"] == "extra_forbidden":
-        raise ApiError(400, f"Unknown field '{param}'. {did_you_mean(str(param), allowed)}", param=param)
-    if first["type"] == "missing":
-        raise ApiError(400, f"'{param}' is missing.", param=param, code="missing_required_parameter")
-    text = first["msg"].removeprefix("Value error, ")
-    raise ApiError(400, f"'{param}': {text}." if param else f"The body: {text}.", param=param, code="invalid_value")
-
-
-async def _read_json(request: Request, model: type[T]) -> T:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"The content type is '{kind[:100]}'; it must be application/json.")
-    return check(model, await request.body(), strict=True)
-
-
-async def _read_form(request: Request, model: type[T], files: tuple[str, ...]) -> tuple[T, dict[str, bytes]]:
-    """The fields of a form, and its files by name ("image[]", as the client writes a list, is "image")."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
-        raise ApiError(415, f"The content type is '{kind[:100]}'; it must be multipart/form-data.")
-    try:
-        parts = await request.form(max_files=4, max_fields=32, max_part_size=16 << 10)
-    except (ApiError, HTTPException):
-        raise
-    except (ValueError, KeyError, AssertionError, TypeError) as error:
-        raise ApiError(400, "The body is no form: its parts or their boundary are damaged.") from error
-    texts: dict[str, Any] = {}
-    found: dict[str, bytes] = {}
-    for name, value in parts.multi_items():
-        name = name.removesuffix("[]") if name.removesuffix("[]") in files else name
-        if name in texts or name in found:
-            raise ApiError(400, f"'{name}' is given more than once; one is taken.", param=name)
-        if isinstance(value, UploadFile):
-            if name not in files:
-                raise ApiError(400, f"'{name}' is a file. Files are: {', '.join(files)}.", param=name)
-            found[name] = await value.read()
-        elif name in files:
-            raise ApiError(400, f"'{name}' must be a file.", param=name, code="invalid_image")
-        else:
-            texts[name] = value
-    await parts.close()
-    if "image" not in found:
-        raise ApiError(400, "'image' is missing.", param="image", code="missing_required_parameter")
-    return check(model, texts, strict=False), found
-
-
-async def _picture(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """A picture read in a thread; what is wrong with it as ApiError about the field."""
-    try:
-        return await asyncio.to_thread(function, *arguments)
-    except NoPicture as error:
-        raise ApiError(400, str(error), param=name, code="invalid_image") from error
-
-
-# Clients who go ------------------------------------------------------------------------------------------------------
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def while_there(request: Request, work: Awaitable[Any]) -> Any:
-    """The work's result. It is cancelled, and `ClientGone` raised, as soon as the client goes."""
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        for left in (task, watch):
-            left.cancel()
-            with suppress(BaseException):
-                await left
 
 
 # Routes --------------------------------------------------------------------------------------------------------------
 
 
 class _Routes:
-    def __init__(self, service: Any, shelf: Shelf) -> None:
+    def __init__(self, service: Service, shelf: Shelf) -> None:
         self.service, self.shelf = service, shelf
         self.born = int(time.time())
 
@@ -222,31 +85,31 @@ class _Routes:
 
     async def generations(self, request: Request) -> Response:
         """Pictures of a prompt."""
-        asked = await _read_json(request, Generation)
+        asked = await read_json(request, Generation)
         model, size = self._model(asked.model), self._size(asked)
         pictures = self._requests(asked, task="generate", prompt=asked.prompt)
         return await self._pictures(request, asked, model, size, pictures, "image_generation")
 
     async def edits(self, request: Request) -> Response:
         """A picture drawn anew where a mask is transparent, to fit the prompt."""
-        asked, files = await _read_form(request, Edit, ("image", "mask"))
+        asked, files = await read_form(request, Edit, ("image", "mask"))
         model, size = self._model(asked.model), self._size(asked)
         largest = self.service.sizes[model][-1]
-        picture, mask = await _picture("image", read_edit, files["image"], files.get("mask"), largest)
+        picture, mask = await read_file("image", read_edit, files["image"], files.get("mask"), largest)
         pictures = self._requests(asked, task="edit", prompt=asked.prompt, picture=picture, mask=mask)
         return await self._pictures(request, asked, model, size, pictures, "image_edit")
 
     async def variations(self, request: Request) -> Response:
         """Pictures that mean what a picture means."""
-        asked, files = await _read_form(request, Variation, ("image",))
+        asked, files = await read_form(request, Variation, ("image",))
         model, size = self._model(asked.model), self._size(asked)
-        picture, _ = await _picture("image", read_picture, files["image"], self.service.sizes[model][-1])
+        picture, _ = await read_file("image", read_picture, files["image"], self.service.sizes[model][-1])
         pictures = self._requests(asked, task="variation", picture=picture)
         return await self._pictures(request, asked, model, size, pictures, "image_variation")
 
     async def interpolations(self, request: Request) -> Response:
         """Pictures on the way from one prompt or picture to another."""
-        asked = await _read_json(request, Interpolation)
+        asked = await read_json(request, Interpolation)
         model, size = self._model(asked.model), self._size(asked)
         seed = _seed(asked)
         settings = {"seed": seed, "steps": asked.steps, "guidance": asked.guidance}
@@ -259,8 +122,8 @@ class _Routes:
 
     async def _end(self, name: str, text: str, model: str) -> dict[str, Any]:
         if text.startswith("data:"):
-            data = await _picture(name, from_data_url, text)
-            picture, _ = await _picture(name, read_picture, data, self.service.sizes[model][-1])
+            data = await read_file(name, from_data_url, text)
+            picture, _ = await read_file(name, read_picture, data, self.service.sizes[model][-1])
             return {"task": "variation", "picture": picture}
         try:
             return {"task": "generate", "prompt": TypeAdapter(Prompt).validate_python(text)}
@@ -270,7 +133,7 @@ class _Routes:
 
     async def embeddings(self, request: Request) -> Response:
         """CLIP embeddings of texts."""
-        asked = await _read_json(request, Embedding)
+        asked = await read_json(request, Embedding)
         model = self._model(asked.model)
         if asked.dimensions not in (None, self.service.embedding[model]):
             raise ApiError(400, f"'dimensions' must be {self.service.embedding[model]}.", param="dimensions")
@@ -397,7 +260,7 @@ class _Routes:
         )
         kind, partial = asked.output_format or "png", [0] * len(wanted)
         about = {"background": "opaque", "output_format": kind, "quality": "auto"}
-        watch = asyncio.ensure_future(_gone(request))
+        watch = asyncio.ensure_future(gone(request))
         try:
             left = len(wanted)
             while left:
@@ -461,7 +324,7 @@ def _seed(asked: Any) -> int:
 class _Door:
     """Around all routes: asks for the key, counts bytes that come in, and measures."""
 
-    def __init__(self, app: ASGIApp, service: Any, key: str | None) -> None:
+    def __init__(self, app: ASGIApp, service: Service, key: str | None) -> None:
         self.app, self.service, self.key = app, service, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
