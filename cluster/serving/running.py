@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import http.client
 import re
 import socket
 import time
@@ -113,6 +112,8 @@ def _free_port(host: str, port: int) -> int:
 
 
 def _wait_until_ready(url: str) -> None:
+    import http.client
+
     end = time.monotonic() + READY_SECONDS
     while time.monotonic() < end:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)

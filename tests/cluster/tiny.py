@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from oneira.generative.diffusion import Row, Schedule, advance
-from oneira.multimodal.stages import Plan, PictureRequest, State
+from oneira.multimodal.stages import PictureRequest, Plan, State
 from oneira.platform.errors import UsageError
 
 DIMENSIONS = 16
