@@ -91,7 +91,7 @@ def serve(
             typer.echo(f"Serving on {server.url} (Ctrl-C stops)")
             typer.echo(
                 f"curl {server.url}/v1/images/generations{bearer} -H 'Content-Type: application/json' "
-                "-d '{\"prompt\": \"a red circle\"}'"
+                '-d \'{"prompt": "a red circle"}\''
             )
             while True:
                 time.sleep(3600)

@@ -46,7 +46,9 @@ def read_edit(data: bytes, mask: bytes | None, size: int) -> tuple[np.ndarray, n
         if mask_shape != shape:
             raise NoPicture(f"The mask is {_show(mask_shape)}, the image {_show(shape)}; they must be of one size.")
     if alpha is None or not (alpha == 0).any():
-        raise NoPicture("Nothing is transparent in the mask (or in the image, without a mask): nothing is to be edited.")
+        raise NoPicture(
+            "Nothing is transparent in the mask (or in the image, without a mask): nothing is to be edited."
+        )
     return picture, alpha == 0
 
 

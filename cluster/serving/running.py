@@ -1,7 +1,7 @@
 """Start the server on a Ray cluster, and stop it.
 
-    with serve(["builtin"], port=8000) as server:
-        print(server.url)
+with serve(["builtin"], port=8000) as server:
+    print(server.url)
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ class _Pictures(_Asked):
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of jpeg and webp.")
-    seed: int | None = Field(None, ge=0, lt=SEEDS, description="Picture i of a request has seed + i; by default random.")
+    seed: int | None = Field(
+        None, ge=0, lt=SEEDS, description="Picture i of a request has seed + i; by default random."
+    )
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(None, ge=0, le=50)
     user: str | None = Field(None, max_length=512, description="Not kept.")

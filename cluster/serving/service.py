@@ -1,8 +1,8 @@
 """Requests taken through a model's stages, wherever these are: in this process (`Engine`) or in other deployments.
 
-    service = Service(way, {"builtin": ["text", "prior", "decoder", "upsampler"]})
-    await service.begin()                                       # makes one picture: after it the server is ready
-    states = await service.draw("builtin", [PictureRequest(prompt="a red circle")], size=128)
+service = Service(way, {"builtin": ["text", "prior", "decoder", "upsampler"]})
+await service.begin()                                       # makes one picture: after it the server is ready
+states = await service.draw("builtin", [PictureRequest(prompt="a red circle")], size=128)
 """
 
 from __future__ import annotations
@@ -147,5 +147,3 @@ class Service:
 
 def _has(state: State, size: int | None) -> bool:
     return size is not None and "picture" in state and state["picture"].shape[1] == size
-
-

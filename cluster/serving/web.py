@@ -1,6 +1,6 @@
 """The HTTP interface: routes, streams by server-sent events, and the door before them. Its OpenAPI document says what `schema` says.
 
-    app = make_app(service, key=None)          # a FastAPI app over a `Service`, whoever hosts it
+app = make_app(service, key=None)          # a FastAPI app over a `Service`, whoever hosts it
 """
 
 from __future__ import annotations
@@ -217,7 +217,9 @@ class _Routes:
         kind = asked.output_format or "png"
         if getattr(asked, "stream", None):
             if asked.response_format == "url":
-                raise ApiError(400, "A stream has its pictures in it: response_format must be b64_json.", param="stream")
+                raise ApiError(
+                    400, "A stream has its pictures in it: response_format must be b64_json.", param="stream"
+                )
             return await self._stream(request, asked, model, size, wanted, event)
         if getattr(asked, "partial_images", None):
             raise ApiError(400, "'partial_images' is for a stream: set stream to true.", param="partial_images")
@@ -229,7 +231,9 @@ class _Routes:
                 data.append({"url": f"{request.base_url}v1/images/files/{self.shelf.put(written, kind)}"})
             else:
                 data.append({"b64_json": base64.b64encode(written).decode()})
-        return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": f"{size}x{size}"})
+        return JSONResponse(
+            {"created": int(time.time()), "data": data, "output_format": kind, "size": f"{size}x{size}"}
+        )
 
     async def _stream(
         self, request: Request, asked: Any, model: str, size: int, wanted: list[PictureRequest], event: str
@@ -277,7 +281,12 @@ class _Routes:
                     continue
                 written = await asyncio.to_thread(write_picture, picture, kind, asked.output_compression)
                 side = f"{picture.shape[1]}x{picture.shape[0]}"
-                answer = {"b64_json": base64.b64encode(written).decode(), "created_at": int(time.time()), "size": side, **about}
+                answer = {
+                    "b64_json": base64.b64encode(written).decode(),
+                    "created_at": int(time.time()),
+                    "size": side,
+                    **about,
+                }
                 if whole:
                     left -= 1
                     name = f"{event}.completed"
@@ -355,7 +364,9 @@ class _Door:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             right = secrets.compare_digest(given.strip().encode(), self.key.encode())
             if scheme.lower() != "bearer" or not right:
-                return ApiError(401, "The API key is missing or wrong: Authorization: Bearer KEY.", code="invalid_api_key")
+                return ApiError(
+                    401, "The API key is missing or wrong: Authorization: Bearer KEY.", code="invalid_api_key"
+                )
         length, limit = headers.get("content-length", "0"), _limit(path)
         if length.isdigit() and int(length[:20]) > limit:
             return _too_large(limit)

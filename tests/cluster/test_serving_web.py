@@ -76,7 +76,9 @@ def bomb(side=50_000):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+    )
 
 
 def picture(entry):
@@ -88,7 +90,9 @@ def test_pictures_follow_seed_size_and_number(site):
     first, again = (site.post(GENERATE, json=asked).json()["data"] for _ in range(2))
     assert [entry["b64_json"] for entry in first] == [entry["b64_json"] for entry in again]
     other = site.post(GENERATE, json=asked | {"seed": 6, "n": 1}).json()["data"]
-    assert np.array_equal(picture(other[0]), picture(first[1])) and not np.array_equal(picture(first[0]), picture(first[1]))
+    assert np.array_equal(picture(other[0]), picture(first[1])) and not np.array_equal(
+        picture(first[0]), picture(first[1])
+    )
     assert picture(first[0]).shape == (128, 128, 3)
     small = site.post(GENERATE, json=asked | {"size": "64x64", "output_format": "webp"}).json()
     assert picture(small["data"][0]).shape == (64, 64, 3) and small["output_format"] == "webp"
@@ -174,7 +178,12 @@ def test_a_stream_gives_the_decoders_picture_then_the_whole(site):
 def test_metrics_health_models_and_the_document(site):
     site.post(GENERATE, json={"prompt": "a"})
     text = site.ask("GET", "/metrics").text
-    for name in ("oneira_requests_total", "oneira_request_seconds_bucket", "oneira_queue 0.0", "oneira_batch_rows_bucket"):
+    for name in (
+        "oneira_requests_total",
+        "oneira_request_seconds_bucket",
+        "oneira_queue 0.0",
+        "oneira_batch_rows_bucket",
+    ):
         assert name in text
     assert 'oneira_steps_total{model="tiny",stage="decoder"}' in text
     assert site.ask("GET", "/healthz").json() == {"status": "ready"}
@@ -234,7 +243,15 @@ def must_be(answer, status, param, word):
     assert error["param"] == param and word in error["message"]
 
 
-BODIES = [b"", b"{", b"\xff\xfe", b'{"prompt": "\\ud800"}', b'{"prompt": "a", "guidance": NaN}', b"[" * 100_000, b"null"]
+BODIES = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a", "guidance": NaN}',
+    b"[" * 100_000,
+    b"null",
+]
 
 
 @pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))

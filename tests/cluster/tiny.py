@@ -1,7 +1,7 @@
 """A small real model of text to image, with random weights: what the server is tested with.
 
-    load("tiny")        16 dimensions, pictures of 64 and 128 pixels, a few steps
-    load("patient")     the same, and every step takes 50 ms: to be cancelled, to be waited for
+load("tiny")        16 dimensions, pictures of 64 and 128 pixels, a few steps
+load("patient")     the same, and every step takes 50 ms: to be cancelled, to be waited for
 """
 
 from __future__ import annotations
