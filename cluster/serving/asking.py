@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from oneira.platform.errors import UsageError, did_you_mean
@@ -110,6 +110,17 @@ async def read_form(request: Request, model: type[T], files: tuple[str, ...]) ->
         raise
     except (ValueError, KeyError, AssertionError, TypeError) as error:
         raise ApiError(400, "The body is no form: its parts or their boundary are damaged.") from error
+    try:
+        texts, found = await _sort(parts, files)
+    finally:
+        await parts.close()
+    if "image" not in found:
+        raise ApiError(400, "'image' is missing.", param="image", code="missing_required_parameter")
+    return check(model, texts, strict=False), found
+
+
+async def _sort(parts: FormData, files: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The fields, and the files' bytes."""
     texts: dict[str, Any] = {}
     found: dict[str, bytes] = {}
     for name, value in parts.multi_items():
@@ -124,10 +135,7 @@ async def read_form(request: Request, model: type[T], files: tuple[str, ...]) ->
             raise ApiError(400, f"'{name}' must be a file.", param=name, code="invalid_image")
         else:
             texts[name] = value
-    await parts.close()
-    if "image" not in found:
-        raise ApiError(400, "'image' is missing.", param="image", code="missing_required_parameter")
-    return check(model, texts, strict=False), found
+    return texts, found
 
 
 async def read_file(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

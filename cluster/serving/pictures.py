@@ -67,6 +67,8 @@ def _read(data: bytes, size: int) -> tuple[np.ndarray, np.ndarray | None, tuple[
             whole = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except NoPicture:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, which it checks in the header as well
+        raise NoPicture(f"The picture is larger than the {MAX_PIXELS} pixels that are taken.") from error
     except Exception as error:  # the decoders raise anything at damaged files: OSError, SyntaxError, struct.error, ...
         raise NoPicture(f"The file cannot be read as {', '.join(READS)}: it is none, or damaged.") from error
     colours = whole.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)

@@ -6,6 +6,7 @@ with serve(["builtin"], port=8000) as server:
 
 from __future__ import annotations
 
+import logging
 import re
 import socket
 import time
@@ -73,6 +74,8 @@ def serve(
     connect(address)
     import ray
     from ray import serve as ray_serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
     from .application import Serving, build
 
