@@ -1,5 +1,6 @@
-"""Everything Ray: joining or starting a cluster, the executor over it, its commands. Ray is imported when used."""
+"""Everything Ray: joining or starting a cluster, the executor over it, serving, commands. Ray is imported when used."""
 
 from .connection import Cluster, connect, disconnect
+from .serving import Server, serve
 
-__all__ = ["Cluster", "connect", "disconnect"]
+__all__ = ["Cluster", "Server", "connect", "disconnect", "serve"]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from oneira.platform.errors import UsageError
+
 
 def register(app: typer.Typer) -> None:
-    """Adds `devices`."""
+    """Adds `devices` and `serve`."""
     app.command()(devices)
+    app.command()(serve)
 
 
 def devices(
@@ -53,3 +60,55 @@ def survey(address: str | None = None) -> dict[str, Any]:
             "available": ray.available_resources(),
         }
     return seen
+
+
+def serve(
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="M", help="A built-in name, a run, a folder or a hub id.")
+    ] = None,
+    layout: Annotated[str, typer.Option(metavar="fused|split", help="All stages in one process, or apart.")] = "fused",
+    host: Annotated[str, typer.Option(help="Where to listen; any but loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    address: Annotated[str | None, typer.Option(metavar="ADDR", help="The Ray cluster to join.")] = None,
+    key_file: Annotated[Path | None, typer.Option(help="The clients' key; else ONEIRA_API_KEY.")] = None,
+    loader: Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="Who loads the models.")] = None,
+) -> None:
+    """Serve text to image over HTTP, as OpenAI's Images API, until Ctrl-C."""
+    from .connection import disconnect
+    from .serving import serve as start
+    from .serving.models import LOADER
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    settings: dict[str, Any] = {"layout": layout, "host": host, "port": port, "address": address}
+    key = read_key(key_file)
+    try:
+        with start(model or ["builtin"], key=key, loader=loader or LOADER, **settings) as server:
+            bearer = ' -H "Authorization: Bearer $ONEIRA_API_KEY"' if key else ""
+            typer.echo(f"Serving on {server.url} (Ctrl-C stops)")
+            typer.echo(
+                f"curl {server.url}/v1/images/generations{bearer} -H 'Content-Type: application/json' "
+                '-d \'{"prompt": "a red circle"}\''
+            )
+            while True:
+                time.sleep(3600)
+    except KeyboardInterrupt:
+        typer.echo("Stopped.")
+    finally:
+        disconnect()
+
+
+def read_key(file: Path | None) -> str | None:
+    """What clients must bear: the file's text, or ONEIRA_API_KEY, or nothing. Raises UsageError."""
+    if file is None:
+        return os.environ.get("ONEIRA_API_KEY") or None
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"The key cannot be read from '{file}': {error}.") from error
+    if not key:
+        raise UsageError(f"The key's file '{file}' is empty.")
+    return key

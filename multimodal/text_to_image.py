@@ -30,7 +30,7 @@ from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_m
 from .clip import Clip
 from .decoder import Decoder, DecoderStage
 from .prior import Prior, PriorStage
-from .stages import PictureRequest, Plan, Stage, through
+from .stages import PictureRequest, Plan, Stage, slerp, through
 from .text_stage import TextStage
 from .upsampler import Upsampler, UpsamplerStage
 
@@ -95,7 +95,7 @@ def load_text_to_image(
     if card.sizes:
         upsampler = _packed(Upsampler.load(folder / "upsampler").to(place))
         stages += [UpsamplerStage(upsampler, size=size, steps=card.upsampler_steps, dtype=dtype) for size in card.sizes]
-    return TextToImage(stages, card)
+    return TextToImage(stages, card, name=Path(name_or_folder).name)
 
 
 def _packed(model: Any) -> Any:
@@ -146,10 +146,14 @@ def write_card(folder: Path, card: ModelCard) -> None:
 
 
 class TextToImage:
-    """Stages and what can be done with them. Picture k of a call has the noise of seed + k."""
+    """Stages and what can be done with them. Picture k of a call has the noise of seed + k.
 
-    def __init__(self, stages: Sequence[Stage], card: ModelCard):
-        self.stages, self.card = list(stages), card
+    Args:
+        name: by which `oneira serve` offers it: "builtin", or that of its folder.
+    """
+
+    def __init__(self, stages: Sequence[Stage], card: ModelCard, name: str):
+        self.stages, self.card, self.name = list(stages), card, name
 
     @property
     def clip(self) -> Clip:
@@ -260,7 +264,7 @@ class TextToImage:
             raise UsageError(f"Unknown condition '{on}'. {did_you_mean(on, CONDITIONS)}")
         if on == "prior":
             return self
-        return TextToImage([self.stages[0], Instead(on), *self.stages[2:]], self.card)
+        return TextToImage([self.stages[0], Instead(on), *self.stages[2:]], self.card, self.name)
 
 
 @dataclass
@@ -276,20 +280,6 @@ class Instead:
 
     def step(self, plans: Sequence[Plan]) -> None:
         """Nothing is ever left to do."""
-
-
-def slerp(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
-    """The point on the great circle from a to b, of which `share` is gone; float32 [E], of length 1.
-
-    Where they are opposite no circle is shortest, and where they are one there is none: then it is a straight line.
-    """
-    a, b = (np.asarray(v, np.float64) / np.linalg.norm(v) for v in (a, b))
-    angle = np.arccos(np.clip(a @ b, -1, 1))
-    if np.sin(angle) < 1e-6:
-        mixed = (1 - share) * a + share * b
-    else:
-        mixed = (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
-    return (mixed / max(float(np.linalg.norm(mixed)), 1e-12)).astype(np.float32)
 
 
 def as_array(picture: Picture) -> np.ndarray:

@@ -1,6 +1,7 @@
 """One Ray for all tests, started only if a test asks for it, under a home of its own."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,11 @@ def executor(ray_cluster):
 
     with RayExecutor() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The loader of the tiny model, importable by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        yield "tiny:load"

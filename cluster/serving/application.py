@@ -1,0 +1,156 @@
+"""The Serve application: one deployment that is the ingress and hosts all stages (fused), or an ingress and one deployment for
+each kind of stage, which scale by themselves (split). Both host the same stages with the same `Engine`.
+
+Replicas ask Ray for a tenth of a CPU: the system shares the cores, and the whole starts on two. A replica of the ingress takes
+any number of requests; its own line says who waits and who is sent away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from oneira.multimodal.stages import PictureRequest
+from oneira.platform.errors import DataError
+
+from .engine import Engine, Stopping, Work
+from .line import Line
+from .models import KINDS, kind_of, load_models
+from .service import Service
+
+Layout = Literal["fused", "split"]
+ACTOR_CPUS = 0.1
+ACTOR_GPUS = 0.01  # where there are any: without a share, Ray hides them
+STOP_SECONDS = 5.0  # for requests under way, when the server stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What is served, and how.
+
+    Args:
+        models: names, as the loader takes them. loader: see `models.load_models`. key: see `web.make_app`.
+        rows: pictures under way at once. queue: pictures that may wait.
+    """
+
+    models: Sequence[str]
+    loader: str
+    key: str | None = None
+    rows: int = 16
+    queue: int = 64
+
+
+def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Application:
+    """The application, for a cluster of so many CPUs and GPUs."""
+    actor = {"num_cpus": ACTOR_CPUS, **({"num_gpus": ACTOR_GPUS} if gpus else {})}
+    common: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": STOP_SECONDS, "graceful_shutdown_wait_loop_s": 0.1,
+        "max_constructor_retry_count": 1, "logging_config": {"enable_access_log": False},
+    }  # fmt: skip
+    front = {**common, "max_ongoing_requests": 10_000}
+    if layout == "fused":
+        fused = serve.deployment(name="fused", ray_actor_options=actor, **front)(serve.ingress()(Fused))
+        return fused.bind(serving)
+    scale = {"min_replicas": 1, "max_replicas": max(1, cpus // 2, gpus), "target_ongoing_requests": serving.rows}
+    host = serve.deployment(
+        ray_actor_options=actor, max_ongoing_requests=2 * serving.rows, autoscaling_config=scale, **common
+    )(Host)
+    hosts = {kind: host.options(name=kind).bind(serving, kind) for kind in KINDS}
+    ingress = serve.deployment(name="ingress", ray_actor_options={"num_cpus": ACTOR_CPUS}, **front)(
+        serve.ingress()(Split)
+    )
+    return ingress.bind(serving, hosts)
+
+
+class _Ingress:
+    """What both ingresses share: a service, and the app over it."""
+
+    service: Service
+    key: str | None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from .web import make_app
+
+        return make_app(self.service, self.key)
+
+
+class Fused(_Ingress):
+    """Ingress and all stages in one process."""
+
+    async def __init__(self, serving: Serving) -> None:
+        self.key = serving.key
+        models = load_models(serving.models, serving.loader)
+        self.engine = Engine(models, rows=serving.rows)
+        names = {model: [stage.name for stage in stages] for model, stages in models.items()}
+        self.service = Service(self.engine, names, Line(serving.rows, serving.queue))
+        await self.service.begin()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "service"):
+            self.service.stop()
+            await self.engine.close()
+
+
+class Host:
+    """The stages of one kind, of all models."""
+
+    def __init__(self, serving: Serving, kind: str) -> None:
+        self.engine = Engine(load_models(serving.models, serving.loader, [kind]), rows=serving.rows)
+
+    async def stages(self) -> dict[str, list[str]]:
+        """Names of the stages that are here, by model."""
+        return {model: list(stages) for model, stages in self.engine.models.items()}
+
+    async def run(self, model: str, stage: str, request: PictureRequest, state: Mapping[str, Any]) -> Work:
+        """As `Engine.run`."""
+        return await self.engine.run(model, stage, request, state)
+
+    async def __del__(self) -> None:
+        if hasattr(self, "engine"):
+            await self.engine.close()
+
+
+class Split(_Ingress):
+    """The ingress whose stages are elsewhere. It imports no torch."""
+
+    async def __init__(self, serving: Serving, hosts: Mapping[str, Any]) -> None:
+        self.key = serving.key
+        found = await asyncio.gather(*(hosts[kind].stages.remote() for kind in KINDS))
+        names: dict[str, list[str]] = {}
+        for stages in found:  # in the order of kinds, which is that of the stages
+            for model, those in stages.items():
+                names.setdefault(model, []).extend(those)
+        if not names:
+            raise DataError("No model has any stage.")
+        self.service = Service(Remote(hosts), names, Line(serving.rows, serving.queue))
+        await self.service.begin()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "service"):
+            self.service.stop()
+
+
+class Remote:
+    """The way through stages in other deployments."""
+
+    def __init__(self, hosts: Mapping[str, Any]) -> None:
+        self._hosts = hosts
+
+    async def run(self, model: str, stage: str, request: PictureRequest, state: Mapping[str, Any]) -> Work:
+        """As `Engine.run`. A caller who is cancelled cancels it there as well."""
+        response = self._hosts[kind_of(stage)].run.remote(model, stage, request, state)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except RayTaskError as error:
+            raise error.cause from None
+        except (DeploymentUnavailableError, RayActorError, BackPressureError) as error:
+            raise Stopping from error

@@ -1,0 +1,167 @@
+"""Stages of one or more models in one process, stepped by one thread, batched across requests.
+
+    engine = Engine({"builtin": stages}, rows=16, threads=2)
+    work = await engine.run("builtin", "decoder", request, state)       # work.found, work.seconds
+
+Whoever awaits `run` holds one plan of a stage. In every turn the thread makes one step of one stage, with all of its
+plans that are under way (at most `rows`, the oldest first); stages take turns, so that none waits for another's queue.
+Plans join and leave between any two turns: a caller who is cancelled has no plan any more when the next turn begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneira.platform.devices import LocalDevice, num_cores
+
+if TYPE_CHECKING:
+    from oneira.multimodal.stages import PictureRequest, Stage, State
+
+Key = tuple[str, str]  # (model, stage)
+
+
+class Stopping(Exception):
+    """The engine takes no more work."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage did for one picture.
+
+    Args:
+        found: what it adds to the state. steps: of its network. seconds: of the thread's time, shared with those in the
+            same steps. rows: pictures in a step, itself counted, on average; 0 where no step was needed.
+    """
+
+    found: State
+    steps: int
+    seconds: float
+    rows: float
+
+
+@dataclass(eq=False)
+class _Job:
+    request: PictureRequest
+    state: Mapping[str, Any]
+    answer: asyncio.Future
+    plan: Any = None
+    error: Exception | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    rows: int = 0
+
+
+class Engine:
+    """Make it and use it inside one event loop."""
+
+    def __init__(self, models: Mapping[str, Sequence[Stage]], *, rows: int = 16, threads: int = 0) -> None:
+        """`rows`: plans in one step at most. `threads`: torch's, of the one thread that steps; 0 is all cores."""
+        self.models = {name: {stage.name: stage for stage in stages} for name, stages in models.items()}
+        self._rows = rows
+        self._jobs: dict[Key, list[_Job]] = {(name, stage): [] for name, of in self.models.items() for stage in of}
+        self._device = LocalDevice()
+        self._threads = threads or num_cores()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stages", initializer=self._begin_thread)
+        self._awake = asyncio.Event()
+        self._loop: asyncio.Task | None = None
+        self._closed = False
+
+    def _begin_thread(self) -> None:
+        import torch
+
+        torch.set_num_threads(self._threads)  # of this thread; Ray gives a process one
+
+    async def run(self, model: str, stage: str, request: PictureRequest, state: Mapping[str, Any]) -> Work:
+        """Takes one picture through one stage.
+
+        Raises:
+            Stopping: the engine is closed. Whatever the stage raises for this request.
+        """
+        if self._closed:
+            raise Stopping
+        jobs = self._jobs[model, stage]
+        job = _Job(request, state, asyncio.get_running_loop().create_future())
+        jobs.append(job)
+        self._awake.set()
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._work())
+        try:
+            return await job.answer
+        finally:
+            if job in jobs:  # cancelled: the next step is made without it
+                jobs.remove(job)
+
+    @property
+    def under_way(self) -> int:
+        """Pictures that are in some stage now."""
+        return sum(map(len, self._jobs.values()))
+
+    async def close(self) -> None:
+        """Ends after the step that is being made; who waits gets `Stopping`."""
+        self._closed = True
+        self._awake.set()
+        if self._loop is not None:
+            await self._loop
+        self._thread.shutdown()
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._closed:
+            busy = [key for key, jobs in self._jobs.items() if jobs]
+            if not busy:
+                self._awake.clear()
+                await self._awake.wait()
+            for key in busy:
+                batch = self._jobs[key][: self._rows]
+                if batch and not self._closed:
+                    await loop.run_in_executor(self._thread, self._turn, key, batch)
+                    self._settle(key, batch)
+        for jobs in self._jobs.values():
+            for job in jobs:
+                if not job.answer.done():
+                    job.answer.set_exception(Stopping())
+
+    def _turn(self, key: Key, batch: list[_Job]) -> None:
+        """In the thread: one step of a stage with these jobs, planned first where they are new."""
+        stage = self.models[key[0]][key[1]]
+        began = time.perf_counter()
+        for job in batch:
+            if job.plan is None:
+                try:
+                    job.plan = stage.plan(job.request, job.state)
+                except Exception as error:  # of this request alone
+                    job.error = error
+        left = [job for job in batch if job.error is None and not job.plan.done]
+        if left:
+            try:
+                with self._device.lease(priority="interactive") as lease:
+                    lease.step()
+                    stage.step([job.plan for job in left])
+            except Exception as error:
+                for job in left:
+                    job.error = error
+        spent = time.perf_counter() - began
+        for job in batch:
+            job.seconds += spent / len(batch)
+        for job in left:
+            job.steps += 1
+            job.rows += len(left)
+
+    def _settle(self, key: Key, batch: list[_Job]) -> None:
+        """Back in the loop: answers those that are done, and forgets them."""
+        for job in batch:
+            if job.answer.done():  # cancelled while the step was made
+                continue
+            if job.error is not None:
+                job.answer.set_exception(job.error)
+            elif job.plan.done:
+                rows = job.rows / job.steps if job.steps else 0.0
+                job.answer.set_result(Work(dict(job.plan.found), job.steps, job.seconds, rows))
+            else:
+                continue
+            self._jobs[key].remove(job)

@@ -1,0 +1,143 @@
+"""Start the server on a Ray cluster, and stop it.
+
+with serve(["builtin"], port=8000) as server:
+    print(server.url)
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from oneira.platform import errors
+from oneira.platform.errors import ClusterError, UsageError, did_you_mean
+
+from ..connection import connect
+from .models import LOADER
+
+if TYPE_CHECKING:
+    from .application import Layout
+
+APPLICATION = "oneira"
+LAYOUTS = ("fused", "split")
+READY_SECONDS = 60.0  # for the proxy to learn of an application that runs
+
+
+class Server:
+    """A server that runs. Close it, or use it in a `with` block; the cluster stays as it is."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def close(self) -> None:
+        """Stop what was started: requests under way have a few seconds."""
+        from ray import serve
+
+        serve.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def serve(
+    models: Sequence[str] = ("builtin",), *, host: str = "127.0.0.1", port: int = 8000, layout: Layout = "fused",
+    address: str | None = None, key: str | None = None, loader: str = LOADER,
+) -> Server:  # fmt: skip
+    """Serve models over HTTP; returns when the first request would succeed.
+
+    Args:
+        models: built-in names, runs, folders or hub ids. layout: "fused" or "split".
+        host: any but a loopback address needs a `key`, which clients bear. port: 0 takes a free one.
+        address: of the Ray cluster, as for `connect`. loader: "module:function", a model's name to its stages.
+
+    Raises:
+        UsageError: a wrong layout, an address without a key, a port that is taken, an unknown model.
+        DataError: a model that cannot be read. ClusterError: no cluster, or something is served there already.
+    """
+    if layout not in LAYOUTS:
+        raise UsageError(f"Unknown layout '{layout}'. {did_you_mean(layout, LAYOUTS)}")
+    if not models:
+        raise UsageError("No model is named. Allowed: one or more.")
+    if key is None and not is_loopback(host):
+        raise UsageError(f"Host '{host}' can be reached from outside, so a key is required: set ONEIRA_API_KEY.")
+    port = _free_port(host, port)
+    connect(address)
+    import ray
+    from ray import serve as ray_serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+    from .application import Serving, build
+
+    if ray_serve.status().proxies:
+        raise ClusterError("This cluster serves already: one server a cluster. Stop the other one, or use --address.")
+    resources = ray.cluster_resources()
+    serving = Serving(models=tuple(models), loader=loader, key=key)
+    application = build(serving, layout, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
+    server = Server(f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}")
+    try:
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        ray_serve.run(application, name=APPLICATION, route_prefix="/")
+        _wait_until_ready(server.url)
+    except Exception as error:
+        server.close()
+        raise _explained(error) from error
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+def _free_port(host: str, port: int) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"Cannot listen on {host}:{port}: {error}. Another --port or --host may do.") from error
+        return probe.getsockname()[1]
+
+
+def _wait_until_ready(url: str) -> None:
+    import http.client
+
+    end = time.monotonic() + READY_SECONDS
+    while time.monotonic() < end:
+        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
+        try:
+            connection.request("GET", "/healthz")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.05)
+    raise ClusterError(f"The server does not answer at {url} after {READY_SECONDS:.0f} s.")
+
+
+def _explained(error: Exception) -> Exception:
+    """The error of a replica that could not begin, as itself: Ray tells it as a traceback in a text."""
+    if isinstance(error, errors.OneiraError):
+        return error
+    said = re.findall(r"oneira\.platform\.errors\.(\w+): (.+)", str(error))
+    if said:
+        return getattr(errors, said[-1][0])(said[-1][1])
+    lines = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
+    return ClusterError(f"The server did not start: {lines[-1] if lines else error}")

@@ -1,0 +1,149 @@
+"""Requests taken through a model's stages, wherever these are: in this process (`Engine`) or in other deployments.
+
+service = Service(way, {"builtin": ["text", "prior", "decoder", "upsampler"]})
+await service.begin()                                       # makes one picture: after it the server is ready
+states = await service.draw("builtin", [PictureRequest(prompt="a red circle")], size=128)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from oneira.multimodal.stages import PictureRequest, State
+from oneira.platform.errors import DataError
+
+from .engine import Work
+from .line import Line, Ticket
+
+FIRST_PROMPT = "a red circle"
+
+
+class Way(Protocol):
+    """Where the stages are. `Engine` is one."""
+
+    async def run(self, model: str, stage: str, request: PictureRequest, state: Mapping[str, Any]) -> Work: ...
+
+
+class Measures:
+    """What /metrics tells. Times in seconds."""
+
+    def __init__(self, line: Line) -> None:
+        self.registry = CollectorRegistry()
+        names = {"registry": self.registry}
+        self.requests = Counter("oneira_requests", "Requests answered.", ["route", "status"], **names)
+        self.latency = Histogram(
+            "oneira_request_seconds", "From a request to the end of its answer.", ["route"],
+            buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60), **names,
+        )  # fmt: skip
+        self.steps = Counter("oneira_steps", "Steps made for pictures.", ["model", "stage"], **names)
+        self.seconds = Counter("oneira_stage_seconds", "Time of the stages.", ["model", "stage"], **names)
+        self.rows = Histogram(
+            "oneira_batch_rows", "Pictures that shared a step, on average over a picture's steps.", ["stage"],
+            buckets=(1, 2, 4, 8, 16, 32), **names,
+        )  # fmt: skip
+        Gauge("oneira_queue", "Pictures that wait.", **names).set_function(lambda: line.waiting)
+        Gauge("oneira_under_way", "Pictures that are being made.", **names).set_function(lambda: line.taken)
+
+    def count(self, model: str, stage: str, work: Work) -> None:
+        self.steps.labels(model, stage).inc(work.steps)
+        self.seconds.labels(model, stage).inc(work.seconds)
+        if work.steps:
+            self.rows.labels(stage).observe(work.rows)
+
+
+class Service:
+    """Belongs to one event loop.
+
+    Attributes:
+        models: names of the stages by name of the model. sizes: of the pictures that each model can give, rising, and
+            embedding: its number of dimensions, both known after `begin`. ready: pictures are made.
+    """
+
+    def __init__(self, way: Way, models: Mapping[str, Sequence[str]], line: Line | None = None) -> None:
+        self.models = dict(models)
+        self.sizes: dict[str, list[int]] = {}
+        self.embedding: dict[str, int] = {}
+        self.ready = False
+        self.line = line or Line()
+        self.measures = Measures(self.line)
+        self._way = way
+
+    async def begin(self) -> None:
+        """Makes one picture with each model, which loads and compiles what is left to be, and tells what it makes.
+
+        Raises:
+            DataError: a model makes no picture.
+        """
+        for model in self.models:
+            sizes: list[int] = []
+            request = PictureRequest(prompt=FIRST_PROMPT, steps=1)
+            [state] = await self.draw(model, [request], on_picture=lambda _, p, s=sizes: s.append(p.shape[1]))
+            if not sizes or "text_embedding" not in state:
+                raise DataError(f"Model '{model}' makes no picture. Its stages: {', '.join(self.models[model])}.")
+            self.sizes[model], self.embedding[model] = sorted(set(sizes)), len(state["text_embedding"])
+        self.ready = True
+
+    def stop(self) -> None:
+        """From now on requests get `Stopping`."""
+        self.ready = False
+
+    async def draw(
+        self, model: str, requests: Sequence[PictureRequest], *, size: int | None = None,
+        on_picture: Callable[[int, np.ndarray], None] | None = None,
+    ) -> list[State]:  # fmt: skip
+        """The state of each request when its picture has `size` (None: at the end).
+
+        Args:
+            on_picture: gets (which request, picture uint8 [H, W, 3]) for every picture on the way, the last included.
+
+        Raises:
+            Full: too many wait. Stopping: the stages end. Whatever a stage raises for one of the requests.
+        """
+        return await self._all(model, requests, lambda state: _has(state, size), on_picture)
+
+    async def embed(self, model: str, requests: Sequence[PictureRequest], name: str) -> list[State]:
+        """The state of each request as soon as it has `name`: "text_embedding" or "image_embedding". Raises as `draw`."""
+        return await self._all(model, requests, lambda state: name in state, None)
+
+    async def _all(
+        self, model: str, requests: Sequence[PictureRequest], enough: Callable[[State], bool],
+        on_picture: Callable[[int, np.ndarray], None] | None,
+    ) -> list[State]:  # fmt: skip
+        async with self.line.request(len(requests)) as ticket:
+            try:
+                async with asyncio.TaskGroup() as group:  # one that fails, or a caller who goes, cancels all
+                    tasks = [
+                        group.create_task(self._one(ticket, model, request, enough, on_picture, i))
+                        for i, request in enumerate(requests)
+                    ]
+            except BaseExceptionGroup as problems:
+                raise problems.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _one(
+        self, ticket: Ticket, model: str, request: PictureRequest, enough: Callable[[State], bool],
+        on_picture: Callable[[int, np.ndarray], None] | None, number: int,
+    ) -> State:  # fmt: skip
+        state: State = {}
+        async with self.line.place(ticket):
+            seconds = 0.0
+            for stage in self.models[model]:
+                work = await self._way.run(model, stage, request, state)
+                state.update(work.found)
+                seconds += work.seconds
+                self.measures.count(model, stage, work)
+                if on_picture is not None and "picture" in work.found:
+                    on_picture(number, work.found["picture"])
+                if enough(state):
+                    break
+            self.line.measure(seconds)
+        return state
+
+
+def _has(state: State, size: int | None) -> bool:
+    return size is not None and "picture" in state and state["picture"].shape[1] == size

@@ -1,0 +1,190 @@
+"""`oneira serve` as users start it, over a real socket, through the official client unchanged; and that it leaves nothing behind."""
+
+import base64
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+PAUSED = {"steps": 100}  # of 50 ms each, for "patient"
+
+
+class Command:
+    """The command, until its `url` answers."""
+
+    def __init__(self, home, *arguments):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment |= {"ONEIRA_HOME": str(home), "PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"}
+        environment.pop("ONEIRA_API_KEY", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "oneira.platform.cli", "serve", "--loader", "tiny:load", "--port", "0", *arguments],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        first = self.process.stdout.readline()
+        found = re.search(r"http://\S+", first)
+        if not found:
+            self.process.kill()
+            raise AssertionError(first + self.process.stderr.read())
+        self.url, self.curl = found[0], self.process.stdout.readline()
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        self.process.wait(timeout=60)
+        _, alive = psutil.wait_procs(self.family, timeout=20)
+        for left in alive:
+            left.kill()
+        return self.process.returncode, alive
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    command = Command(tmp_path_factory.mktemp("home"), "--model", "tiny", "--model", "patient")
+    yield command
+    code, alive = command.stop()
+    assert code == 0 and not alive
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    import openai
+
+    return openai.OpenAI(api_key="any", base_url=f"{server.url}/v1", max_retries=0, timeout=120)
+
+
+def picture(text):
+    return np.array(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+def png(alpha=None):
+    array = np.random.default_rng(1).integers(0, 256, (64, 64, 4), np.uint8)
+    array[..., 3] = 255
+    if alpha is not None:
+        array[:32, :, 3] = alpha
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "png")
+    return file.getvalue()
+
+
+def test_generations(client, server):
+    answer = client.images.generate(model="tiny", prompt="a red circle", n=2, size="128x128", extra_body={"seed": 4})
+    assert [picture(image.b64_json).shape for image in answer.data] == [(128, 128, 3)] * 2
+    address = client.images.generate(prompt="a red circle", size="64x64", response_format="url").data[0].url
+    assert address.startswith(server.url)
+    with urllib.request.urlopen(address) as file:
+        assert Image.open(io.BytesIO(file.read())).size == (64, 64)
+
+
+def test_a_stream(client):
+    events = list(client.images.generate(model="tiny", prompt="a", stream=True, partial_images=1))
+    assert [event.type for event in events] == ["image_generation.partial_image", "image_generation.completed"]
+    assert [picture(event.b64_json).shape[0] for event in events] == [64, 128]
+    assert events[0].partial_image_index == 0 and events[1].usage.total_tokens == 1
+    edit = client.images.edit(model="tiny", image=png(), mask=png(0), prompt="a", stream=True, partial_images=1)
+    assert [event.type for event in edit] == ["image_edit.partial_image", "image_edit.completed"]
+
+
+def test_edits_and_variations(client):
+    edit = client.images.edit(model="tiny", image=png(), mask=("mask.png", png(0)), prompt="a blue square", n=2)
+    many = client.images.edit(model="tiny", image=[png(0)], prompt="a blue square")
+    vary = client.images.create_variation(image=png(), model="tiny", size="64x64")
+    assert [len(answer.data) for answer in (edit, many, vary)] == [2, 1, 1]
+    assert picture(vary.data[0].b64_json).shape == (64, 64, 3)
+
+
+def test_models_and_embeddings(client):
+    assert [model.id for model in client.models.list()] == ["tiny", "patient"]
+    assert client.models.retrieve("patient").id == "patient"
+    coded = client.embeddings.create(model="tiny", input=["a", "b"])
+    plain = client.embeddings.create(model="tiny", input=["a", "b"], encoding_format="float")
+    assert coded.data[1].embedding == pytest.approx(plain.data[1].embedding) and len(coded.data[0].embedding) == 16
+
+
+def test_mistakes_are_the_clients_own_exceptions(client):
+    import openai
+
+    with pytest.raises(openai.NotFoundError, match="Did you mean 'tiny'"):
+        client.images.generate(model="tinny", prompt="a")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(model="tiny", prompt="a", n=11)
+    assert caught.value.param == "n"
+
+
+def metric(server, name):
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        found = [line for line in answer.read().decode().splitlines() if line.startswith(name)]
+    return float(found[0].rpartition(" ")[2])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_away_is_forgotten(client, server, stream):
+    import openai
+
+    impatient = client.with_options(timeout=1.5)
+    with pytest.raises(openai.APITimeoutError):
+        for _ in impatient.images.generate(model="patient", prompt="a", stream=stream, n=2, extra_body=PAUSED):
+            raise AssertionError("it cannot be done yet")
+    end = time.monotonic() + 2.5  # alone it would take at least 10 s
+    while metric(server, "oneira_under_way"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_curl_line_works(server):
+    done = subprocess.run(["sh", "-c", server.curl], capture_output=True, text=True, timeout=60)
+    assert '"b64_json"' in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_split_layout_does_the_same(tmp_path):
+    import openai
+
+    command = Command(tmp_path, "--model", "tiny", "--layout", "split")
+    try:
+        client = openai.OpenAI(api_key="any", base_url=f"{command.url}/v1", max_retries=0, timeout=120)
+        events = list(client.images.generate(model="tiny", prompt="a", stream=True, partial_images=1))
+        assert [picture(event.b64_json).shape[0] for event in events] == [64, 128]
+        with pytest.raises(openai.BadRequestError, match="refuses"):
+            client.images.generate(model="tiny", prompt="unknown purple")
+    finally:
+        code, alive = command.stop(signal.SIGINT)
+    assert code == 0 and not alive
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--host", "0.0.0.0"], 2, "ONEIRA_API_KEY"),
+        (["--layout", "fussed"], 2, "Did you mean 'fused'"),
+        (["--key-file", "/no/such/file"], 2, "/no/such/file"),
+    ],
+)
+def test_wrong_commands_are_refused_before_anything_starts(arguments, code, words, tmp_path):
+    environment = {**os.environ, "ONEIRA_HOME": str(tmp_path)}
+    environment.pop("ONEIRA_API_KEY", None)
+    command = [sys.executable, "-m", "oneira.platform.cli", "serve", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and words in done.stderr and not (tmp_path / "cluster").exists()
+
+
+@pytest.mark.slow
+def test_no_request_makes_the_server_fail(server, tmp_path):
+    """schemathesis, with right and wrong requests of every route of the server's own document."""
+    report = tmp_path / "report.txt"
+    with open(report, "w") as file:
+        done = subprocess.run(
+            [Path(sys.executable).with_name("schemathesis"), "run", f"{server.url}/openapi.json", "--mode", "all",
+             "--checks", "not_a_server_error", "--max-examples", "30", "--seed", "1", "--phases", "examples,coverage,fuzzing"],
+            stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path, timeout=280,
+        )  # fmt: skip
+    assert done.returncode == 0, report.read_text()[-4000:]

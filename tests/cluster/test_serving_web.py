@@ -1,0 +1,324 @@
+"""The HTTP interface over a real engine, without Ray: OpenAI's shapes, wrong requests, a full line, the key."""
+
+import asyncio
+import base64
+import io
+import json
+import struct
+import zlib
+
+import httpx2
+import numpy as np
+import pytest
+from PIL import Image
+
+from oneira.cluster.serving.engine import Engine
+from oneira.cluster.serving.line import Line
+from oneira.cluster.serving.models import load_models
+from oneira.cluster.serving.pictures import Shelf
+from oneira.cluster.serving.service import Service
+
+GENERATE, EDIT, VARY = "/v1/images/generations", "/v1/images/edits", "/v1/images/variations"
+BLEND, EMBED = "/v1/images/interpolations", "/v1/embeddings"
+
+
+class Site:
+    """The app with a client that calls it directly, in one event loop."""
+
+    def __init__(self, loader, name="tiny", key=None, **line):
+        from oneira.cluster.serving.web import make_app
+
+        self.loop = asyncio.new_event_loop()
+        models = load_models([name], loader)
+        self.stages = models[name]
+
+        async def begin():
+            self.engine = Engine(models, threads=1)
+            self.service = Service(self.engine, {name: [stage.name for stage in self.stages]}, Line(**line))
+            self.app = make_app(self.service, key)
+            await self.service.begin()
+
+        self.loop.run_until_complete(begin())
+        transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx2.AsyncClient(transport=transport, base_url="http://server")
+
+    def ask(self, method, path, **options):
+        return self.loop.run_until_complete(self.client.request(method, path, **options))
+
+    def post(self, path, **options):
+        return self.ask("POST", path, **options)
+
+    def close(self):
+        self.loop.run_until_complete(self.engine.close())
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def site(tiny):
+    made = Site(tiny)
+    yield made
+    made.close()
+
+
+def png(side=32, alpha=None, **options):
+    array = np.random.default_rng(0).integers(0, 256, (side, side, 3 if alpha is None else 4), np.uint8)
+    if alpha is not None:
+        array[..., 3] = alpha
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, options.pop("kind", "png"), **options)
+    return file.getvalue()
+
+
+def bomb(side=50_000):
+    """A small PNG whose header promises a picture of 50,000 pixels a side."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+    )
+
+
+def picture(entry):
+    return np.array(Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))))
+
+
+def test_pictures_follow_seed_size_and_number(site):
+    asked = {"prompt": "a red circle", "seed": 5, "n": 2, "steps": 2}
+    first, again = (site.post(GENERATE, json=asked).json()["data"] for _ in range(2))
+    assert [entry["b64_json"] for entry in first] == [entry["b64_json"] for entry in again]
+    other = site.post(GENERATE, json=asked | {"seed": 6, "n": 1}).json()["data"]
+    assert np.array_equal(picture(other[0]), picture(first[1])) and not np.array_equal(
+        picture(first[0]), picture(first[1])
+    )
+    assert picture(first[0]).shape == (128, 128, 3)
+    small = site.post(GENERATE, json=asked | {"size": "64x64", "output_format": "webp"}).json()
+    assert picture(small["data"][0]).shape == (64, 64, 3) and small["output_format"] == "webp"
+
+
+def test_an_address_gives_the_picture(site):
+    answer = site.post(GENERATE, json={"prompt": "a", "response_format": "url", "output_format": "jpeg"}).json()
+    got = site.ask("GET", answer["data"][0]["url"])
+    assert got.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(got.content)).size == (128, 128)
+
+
+def test_an_address_dies_after_its_time_and_the_oldest_makes_room():
+    shelf = Shelf(seconds=0.0)
+    assert shelf.get(shelf.put(b"x", "png")) is None
+    shelf = Shelf(most=3)
+    old, new = shelf.put(b"ab", "png"), shelf.put(b"cd", "png")
+    assert shelf.get(old) is None and shelf.get(new) == (b"cd", "png")
+
+
+def test_an_edit_changes_only_what_is_transparent(site):
+    alpha = np.full((128, 128), 255, np.uint8)
+    alpha[:64] = 0
+    original = png(128)
+    files = {"image": ("a.png", original), "mask": ("m.png", png(128, alpha=alpha))}
+    answer = site.post(EDIT, data={"prompt": "a blue square", "seed": "1"}, files=files).json()
+    before, after = np.array(Image.open(io.BytesIO(original))), picture(answer["data"][0])
+    assert np.array_equal(before[64:], after[64:]) and not np.array_equal(before[:64], after[:64])
+
+
+def test_a_variation_needs_no_prompt_and_follows_the_picture(site):
+    data = {"seed": "3", "n": "2"}
+    one = site.post(VARY, data=data, files={"image": ("a.png", png(64))}).json()["data"]
+    two = site.post(VARY, data=data, files={"image": ("a.jpg", png(96, kind="jpeg"))}).json()["data"]
+    assert len(one) == 2 and one[0] != two[0]
+
+
+def test_embeddings_as_numbers_and_as_base64_agree(site):
+    asked = {"model": "tiny", "input": ["a red circle", "two blue squares"]}
+    numbers = site.post(EMBED, json=asked).json()
+    coded = site.post(EMBED, json=asked | {"encoding_format": "base64"}).json()
+    for one, two in zip(numbers["data"], coded["data"], strict=True):
+        assert np.frombuffer(base64.b64decode(two["embedding"]), "<f4").tolist() == pytest.approx(one["embedding"])
+    assert numbers["usage"]["prompt_tokens"] == len("a red circle") + len("two blue squares")
+    many = site.post(EMBED, json={"model": "tiny", "input": [f"text {i}" for i in range(100)]}).json()
+    assert [entry["index"] for entry in many["data"]] == list(range(100))
+
+
+def test_interpolation_begins_and_ends_where_asked(site):
+    picture_url = "data:image/png;base64," + base64.b64encode(png(64)).decode()
+    asked = {"from": "a red circle", "to": picture_url, "frames": 4, "seed": 2}
+    frames = site.post(BLEND, json=asked).json()["data"]
+    start = site.post(GENERATE, json={"prompt": "a red circle", "seed": 2}).json()["data"][0]
+    assert len(frames) == 4
+    assert np.abs(picture(frames[0]).astype(int) - picture(start)).max() <= 1
+    assert len({frame["b64_json"] for frame in frames}) == 4
+
+
+def events(text):
+    lines = [part.split("\n") for part in text.strip().split("\n\n")]
+    return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in lines]
+
+
+def test_a_stream_gives_the_decoders_picture_then_the_whole(site):
+    answer = site.post(GENERATE, json={"prompt": "a", "stream": True, "partial_images": 2, "seed": 9})
+    partial, whole = events(answer.text)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert partial[0] == "image_generation.partial_image" == partial[1]["type"] and picture(partial[1]).shape[0] == 64
+    assert whole[0] == "image_generation.completed" and whole[1]["usage"]["input_tokens"] == 1
+    plain = site.post(GENERATE, json={"prompt": "a", "seed": 9}).json()["data"][0]
+    assert np.array_equal(picture(plain), picture(whole[1]))
+    [only] = events(site.post(GENERATE, json={"prompt": "a", "stream": True}).text)
+    assert only[0] == "image_generation.completed"
+
+
+def test_metrics_health_models_and_the_document(site):
+    site.post(GENERATE, json={"prompt": "a"})
+    text = site.ask("GET", "/metrics").text
+    for name in (
+        "oneira_requests_total",
+        "oneira_request_seconds_bucket",
+        "oneira_queue 0.0",
+        "oneira_batch_rows_bucket",
+    ):
+        assert name in text
+    assert 'oneira_steps_total{model="tiny",stage="decoder"}' in text
+    assert site.ask("GET", "/healthz").json() == {"status": "ready"}
+    assert [model["id"] for model in site.ask("GET", "/v1/models").json()["data"]] == ["tiny"]
+    assert site.ask("GET", "/v1/models/tiny").json()["object"] == "model"
+    paths = site.ask("GET", "/openapi.json").json()["paths"]
+    assert "prompt" in paths[GENERATE]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+
+
+GOOD = {"prompt": "a red circle"}
+WRONG_JSON = [
+    (GENERATE, {}, 400, "prompt", "missing"),
+    (GENERATE, {"prompt": "  "}, 400, "prompt", "empty"),
+    (GENERATE, {"prompt": ""}, 400, "prompt", ""),
+    (GENERATE, {"prompt": "a" * 1001}, 400, "prompt", "1000"),
+    (GENERATE, {"prompt": "a\x00b"}, 400, "prompt", "U+0000"),
+    (GENERATE, {"prompt": 7}, 400, "prompt", "string"),
+    (GENERATE, {"prompt": "unknown purple"}, 400, None, "refuses"),
+    (GENERATE, GOOD | {"n": 0}, 400, "n", "1"),
+    (GENERATE, GOOD | {"n": 10**9}, 400, "n", "10"),
+    (GENERATE, GOOD | {"n": "2"}, 400, "n", "integer"),
+    (GENERATE, GOOD | {"n": True}, 400, "n", "integer"),
+    (GENERATE, GOOD | {"size": "100x100"}, 400, "size", "128x128"),
+    (GENERATE, GOOD | {"size": "999999x999999"}, 400, "size", "64x64"),
+    (GENERATE, GOOD | {"model": "tinny"}, 404, "model", "Did you mean 'tiny'"),
+    (GENERATE, GOOD | {"sede": 1}, 400, "sede", "Did you mean 'seed'"),
+    (GENERATE, GOOD | {"seed": -1}, 400, "seed", "0"),
+    (GENERATE, GOOD | {"seed": 2**63}, 400, "seed", ""),
+    (GENERATE, GOOD | {"steps": 0}, 400, "steps", "1"),
+    (GENERATE, GOOD | {"steps": 200}, 400, None, "1 to 100"),
+    (GENERATE, GOOD | {"guidance": 1e9}, 400, "guidance", "50"),
+    (GENERATE, GOOD | {"response_format": "gif"}, 400, "response_format", "b64_json"),
+    (GENERATE, GOOD | {"stream": True, "response_format": "url"}, 400, "stream", "b64_json"),
+    (GENERATE, GOOD | {"partial_images": 2}, 400, "partial_images", "stream"),
+    (GENERATE, [1, 2], 400, None, "body"),
+    (EMBED, {"model": "tiny", "input": []}, 400, "input", ""),
+    (EMBED, {"model": "tiny", "input": [1, 2]}, 400, "input", ""),
+    (EMBED, {"model": "tiny", "input": "a", "dimensions": 3}, 400, "dimensions", "16"),
+    (BLEND, {"from": "a", "to": "data:image/png;base64,AAAA"}, 400, "to", "read"),
+    (BLEND, {"from": "a", "to": "data:image/png,AAAA"}, 400, "to", "base64"),
+    (BLEND, {"from": "a\x00", "to": "b"}, 400, "from", "U+0000"),
+    (BLEND, {"from": "a", "to": "b", "frames": 1}, 400, "frames", "2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, document, status, param, word", WRONG_JSON)
+def test_wrong_requests_name_what_is_wrong(site, path, document, status, param, word):
+    steps = sum(len(stage.batches) for stage in site.stages[1:])
+    must_be(site.post(path, json=document), status, param, word)
+    assert sum(len(stage.batches) for stage in site.stages[1:]) == steps  # nothing was drawn
+
+
+def must_be(answer, status, param, word):
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert error["param"] == param and word in error["message"]
+
+
+BODIES = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a", "guidance": NaN}',
+    b"[" * 100_000,
+    b"null",
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+def test_a_body_that_is_no_json(site, body):
+    answer = site.post(GENERATE, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
+WRONG_FORMS = [
+    ({}, {"image": png(32)}, "prompt", "missing"),
+    ({"prompt": "a"}, {"mask": png(32, alpha=0)}, "image", "missing"),
+    ({"prompt": "a"}, {"image": b"no picture"}, "image", "read"),
+    ({"prompt": "a"}, {"image": b""}, "image", "read"),
+    ({"prompt": "a"}, {"image": bomb()}, "image", "pixels"),
+    ({"prompt": "a"}, {"image": png(32), "mask": bomb()}, "image", "pixels"),
+    ({"prompt": "a"}, {"image": png(32)[:200]}, "image", "read"),
+    ({"prompt": "a"}, {"image": png(32), "mask": png(16, alpha=0)}, "image", "16x16"),
+    ({"prompt": "a"}, {"image": png(32), "mask": png(32)}, "image", "transparent"),
+    ({"prompt": "a"}, {"image": png(32, kind="gif"), "mask": png(32, alpha=0)}, "image", "read"),
+    ({"prompt": "a", "n": "many"}, {"image": png(32, alpha=0)}, "n", "integer"),
+    ({"prompt": "a", "prompts": "b"}, {"image": png(32, alpha=0)}, "prompts", "Did you mean 'prompt'"),
+    ({"prompt": "a", "image": "text"}, {"mask": png(32)}, "image", "file"),
+    ({"prompt": "a"}, {"image": png(32, alpha=0), "markup": png(32)}, "markup", "file"),
+]
+
+
+@pytest.mark.parametrize("fields, files, param, word", WRONG_FORMS)
+def test_wrong_forms_name_what_is_wrong(site, fields, files, param, word):
+    must_be(site.post(EDIT, data=fields, files={name: (name, data) for name, data in files.items()}), 400, param, word)
+
+
+def test_what_is_no_form_has_another_address_or_is_too_large(site):
+    assert site.post(EDIT, json=GOOD).status_code == 415
+    assert site.post(GENERATE, data=GOOD).status_code == 415
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    assert site.post(VARY, content=b"--y\r\nnothing", headers=form).status_code == 400
+    assert site.post(VARY, content=b"", headers={"content-type": "multipart/form-data"}).status_code == 400
+    assert site.post("/v1/images/paintings", json=GOOD).status_code == 404
+    assert site.ask("GET", GENERATE).status_code == 405
+    assert site.ask("GET", "/v1/models/none").json()["error"]["code"] == "model_not_found"
+    assert site.post(GENERATE, json={"prompt": "a" * (1 << 20)}).status_code == 413
+
+    async def parts():
+        for _ in range(40):
+            yield b" " * (1 << 15)
+
+    assert site.post(GENERATE, content=parts(), headers={"content-type": "application/json"}).status_code == 413
+
+
+def test_the_key_is_asked_for_everywhere_but_at_the_door(tiny):
+    site = Site(tiny, key="secret")
+    try:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
+            answer = site.post(GENERATE, json=GOOD, headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert site.ask("GET", "/metrics").status_code == 401 and site.ask("GET", "/healthz").status_code == 200
+        assert site.post(GENERATE, json=GOOD, headers={"Authorization": "Bearer secret"}).status_code == 200
+    finally:
+        site.close()
+
+
+def test_a_full_line_answers_429_and_a_stopped_server_503(tiny):
+    site = Site(tiny, "patient", places=1, limit=1)
+    try:
+
+        async def ask(count):
+            posts = (site.client.post(GENERATE, json={"prompt": "a", "steps": 2}) for _ in range(count))
+            return await asyncio.gather(*posts)
+
+        answers = site.loop.run_until_complete(ask(4))
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429]
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
+        site.service.stop()
+        for answer in (site.post(GENERATE, json=GOOD), site.ask("GET", "/healthz")):
+            assert answer.status_code == 503 and "retry-after" in answer.headers
+    finally:
+        site.close()
