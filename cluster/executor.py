@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from oneira.platform.errors import ClusterError, OneiraError
-from oneira.platform.executor import Tree, Work, check_function, copy_tree
+from oneira.platform.executor import Tree, UnitFailed, Work, check_function, copy_tree
 
 from .connection import connect
 from .workers import DONE, UNKNOWN_FUNCTION, Worker
@@ -296,11 +296,11 @@ def _ship(function: Work) -> Any:
 
 
 def _rebuild(kind: str, message: str, trace: str) -> Exception:
-    """The worker's exception: an OneiraError as itself, all else as RuntimeError with the worker's traceback."""
+    """The worker's exception: an OneiraError as itself, all else as UnitFailed."""
     module, _, qualname = kind.partition(":")
     found = getattr(importlib.import_module(module), qualname, None) if module.startswith("oneira.") else None
     if isinstance(found, type) and issubclass(found, OneiraError):
         error: Exception = found(message)
         error.add_note(f"In a worker:\n{trace.rstrip()}")
         return error
-    return RuntimeError(f"A unit of work failed: {qualname}: {message}\n{trace.rstrip()}")
+    return UnitFailed(f"{qualname}: {message}", trace)

@@ -218,10 +218,10 @@ def _explain(error: Exception) -> int:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _fail(f"no room is left on the disk ({error.filename or 'while writing'}).", 3)
-    more = str(error).partition("\n")[2]
-    if more:  # a worker's error brings its traceback along
-        print(more, file=sys.stderr)
-    hint = "" if os.environ.get("ONEIRA_DEBUG") == "1" or more else " (ONEIRA_DEBUG=1 shows where)"
+    where = getattr(error, "where", "")
+    if where:  # a worker's error: its traceback is nowhere else
+        print(where, file=sys.stderr)
+    hint = "" if os.environ.get("ONEIRA_DEBUG") == "1" or where else " (ONEIRA_DEBUG=1 shows where)"
     return _fail(f"{type(error).__name__}: {_one_line(error)}{hint}", OneiraError.exit_code)
 
 

@@ -96,12 +96,24 @@ def check_function(function: Work) -> None:
         raise TypeError(f"{function!r} must be a function at the top of a module: workers import it by its name.")
 
 
+class UnitFailed(RuntimeError):
+    """A unit of work raised what nobody expected.
+
+    Args:
+        what: the type and message of the worker's error. where: its traceback; the message ends with it.
+    """
+
+    def __init__(self, what: str, where: str) -> None:
+        self.where = where.rstrip()
+        super().__init__(f"A unit of work failed: {what}\n{self.where}")
+
+
 def raise_from_worker(error: BaseException) -> None:
-    """Raises a worker's exception here: an `OneiraError` as itself, others as RuntimeError with the traceback."""
+    """Raises a worker's exception here: an `OneiraError` as itself, others as `UnitFailed`."""
     if isinstance(error, OneiraError) or not isinstance(error, Exception):
         raise error
-    text = "".join(traceback.format_exception(error)).rstrip()
-    raise RuntimeError(f"A unit of work failed: {type(error).__name__}: {error}\n{text}") from error
+    where = "".join(traceback.format_exception(error))
+    raise UnitFailed(f"{type(error).__name__}: {error}", where) from error
 
 
 class _SerialShared:

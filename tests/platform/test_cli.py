@@ -181,3 +181,19 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
     command = f"'{sys.executable}' -m oneira.platform.cli runs | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr and done.stdout.split()[-1] == "0"
+
+
+def test_a_workers_traceback_is_shown_above_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from oneira.platform.cli import _explain
+    from oneira.platform.executor import SerialExecutor
+
+    with SerialExecutor() as executor, pytest.raises(RuntimeError) as caught:
+        executor.submit(_breaks, None, {}).result()
+    assert _explain(caught.value) == 1  # type: ignore[arg-type]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "oneira: UnitFailed: A unit of work failed: KeyError: 'lost'"
+    assert any("in _breaks" in line for line in lines[:-1])
+
+
+def _breaks(shared: object, unit: object) -> object:
+    raise KeyError("lost")
