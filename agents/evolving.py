@@ -67,8 +67,9 @@ class _Search:
         self.env_steps = 0
         self.mean_of_mean = float("nan")
 
-    def log(self, run: Run, round_index: int, place: int, fitness: np.ndarray, began: float) -> None:
-        now = time.perf_counter()
+    def log(self, run: Run, round_index: int, searches: list[_Search], fitness: np.ndarray, began: float) -> None:
+        now, place = time.perf_counter(), searches.index(self)
+        same_world = [s for s in searches if s.config.world == self.config.world]
         extra = {} if np.isnan(self.mean_of_mean) else {"mean_of_mean": self.mean_of_mean}
         steps = sum(a["env_steps"] for a in self.answers.values())
         self.env_steps += steps
@@ -85,6 +86,8 @@ class _Search:
             env_steps=steps,
             seconds=now - self.started,
             wall_s=now - began,
+            at=sum(s.told for s in same_world),
+            total=sum(s.config.generations for s in same_world),
             **extra,
         )
 
@@ -191,7 +194,7 @@ def _segment(
         s.mean_of_mean = float(s.answers[size]["returns"].mean()) if s.num_units > size else float("nan")
         s.population.tell(fitness)
         s.told += 1
-        s.log(run, round_index, searches.index(s), fitness, began)
+        s.log(run, round_index, searches, fitness, began)
         if time.perf_counter() - saved > SAVE_SECONDS:  # when to save changes no result
             save(segment)
             saved = time.perf_counter()

@@ -80,7 +80,7 @@ def collect(
         run.log(
             "collect", round_index * 1000 + index, round=round_index, policy=unit["policy"],
             env_steps=int(sum(len(e["rewards"]) for e in episodes)),
-            mean_return=float(np.mean([e["rewards"].sum() for e in episodes])),
+            mean_return=float(np.mean([e["rewards"].sum() for e in episodes])), at=index + 1, total=len(units),
         )  # fmt: skip
 
 
