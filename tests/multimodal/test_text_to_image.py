@@ -116,7 +116,7 @@ def test_slerp_by_hand():
     a, b = np.array([1.0, 0, 0]), np.array([0, 1.0, 0])
     assert slerp(a, b, 1 / 3) == pytest.approx([math.cos(math.pi / 6), math.sin(math.pi / 6), 0], abs=1e-6)
     assert slerp(a, b, 0) == pytest.approx([1, 0, 0]) and slerp(a, b, 1) == pytest.approx([0, 1, 0], abs=1e-6)
-    assert slerp(2 * a, 4 * b, 0.5) == pytest.approx(3 * np.array([1, 1]) / math.sqrt(2), abs=1e-6)
+    assert slerp(2 * a, 4 * b, 0.5) == pytest.approx(3 * np.array([1, 1, 0]) / math.sqrt(2), abs=1e-6)
     assert slerp(a, a, 0.3) == pytest.approx([1, 0, 0])
     assert np.isfinite(slerp(a, -a, 0.5)).all()
 
