@@ -83,7 +83,7 @@ class _Ingress:
 class Fused(_Ingress):
     """Ingress and all stages in one process."""
 
-    async def __init__(self, serving: Serving) -> None:
+    async def __init__(self, serving: Serving) -> None:  # type: ignore[misc]  # Serve awaits it
         self.key = serving.key
         models = load_models(serving.models, serving.loader)
         self.engine = Engine(models, rows=serving.rows)
@@ -119,7 +119,7 @@ class Host:
 class Split(_Ingress):
     """The ingress whose stages are elsewhere. It imports no torch."""
 
-    async def __init__(self, serving: Serving, hosts: Mapping[str, Any]) -> None:
+    async def __init__(self, serving: Serving, hosts: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self.key = serving.key
         found = await asyncio.gather(*(hosts[kind].stages.remote() for kind in KINDS))
         names: dict[str, list[str]] = {}

@@ -34,7 +34,7 @@ class Measures:
 
     def __init__(self, line: Line) -> None:
         self.registry = CollectorRegistry()
-        names = {"registry": self.registry}
+        names: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("oneira_requests", "Requests answered.", ["route", "status"], **names)
         self.latency = Histogram(
             "oneira_request_seconds", "From a request to the end of its answer.", ["route"],
@@ -81,8 +81,12 @@ class Service:
         """
         for model in self.models:
             sizes: list[int] = []
+
+            def note(_: int, picture: np.ndarray, sizes: list[int] = sizes) -> None:
+                sizes.append(picture.shape[1])
+
             request = PictureRequest(prompt=FIRST_PROMPT, steps=1)
-            [state] = await self.draw(model, [request], on_picture=lambda _, p, s=sizes: s.append(p.shape[1]))
+            [state] = await self.draw(model, [request], on_picture=note)
             if not sizes or "text_embedding" not in state:
                 raise DataError(f"Model '{model}' makes no picture. Its stages: {', '.join(self.models[model])}.")
             self.sizes[model], self.embedding[model] = sorted(set(sizes)), len(state["text_embedding"])

@@ -10,7 +10,7 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -70,10 +70,10 @@ class _Routes:
             ("/v1/images/interpolations", self.interpolations, body(Interpolation)),
             ("/v1/embeddings", self.embeddings, body(Embedding)),
         )
-        wrong = {"default": {"description": "What is wrong, in OpenAI's shape"}}
+        wrong: dict[int | str, dict[str, Any]] = {"default": {"description": "What is wrong, in OpenAI's shape"}}
         for path, function, asked in posts:
             app.add_api_route(path, function, methods=["POST"], openapi_extra=asked, responses=wrong)
-        gets = (
+        gets: tuple[tuple[str, Callable[..., Any]], ...] = (
             ("/v1/models", self.models),
             ("/v1/models/{model:path}", self.one_model),
             ("/v1/images/files/{name}", self.file),
@@ -112,7 +112,7 @@ class _Routes:
         asked = await read_json(request, Interpolation)
         model, size = self._model(asked.model), self._size(asked)
         seed = _seed(asked)
-        settings = {"seed": seed, "steps": asked.steps, "guidance": asked.guidance}
+        settings: dict[str, Any] = {"seed": seed, "steps": asked.steps, "guidance": asked.guidance}
         ends = [await self._end(name, text, model) for name, text in (("from", asked.start), ("to", asked.end))]
         wanted = [PictureRequest(**settings, **end) for end in ends]
         states = await while_there(request, self.service.embed(model, wanted, "image_embedding"))
@@ -257,7 +257,7 @@ class _Routes:
 
     async def _events(
         self, request: Request, asked: Any, model: str, size: int, wanted: list[PictureRequest], event: str
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """Partial pictures as they come, then the whole ones, as events. Ends the work when it is closed."""
         pictures: asyncio.Queue[tuple[int, np.ndarray]] = asyncio.Queue()
         work = asyncio.ensure_future(
