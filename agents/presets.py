@@ -82,7 +82,7 @@ def carracing_hour() -> WorldModelConfig:
     rounds = (
         _first_round(20),
         _next_round(256, 3000, 1500, 60, 6),
-        _next_round(256, 3000, 2000, 140, 14, episodes=4),
+        _next_round(256, 3000, 2000, 60, 6, episodes=4),
     )
     return WorldModelConfig(vision=_VISION, memory=_MEMORY, checks=64, rounds=rounds)
 
