@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .stages import PictureRequest
+
 
 def to_signed(pictures: np.ndarray | Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
@@ -45,3 +47,9 @@ def keep_outside(drawn: np.ndarray, original: np.ndarray | None, mask: np.ndarra
     side = len(drawn)
     kept = to_bytes(resize(to_signed(original[None]), side))[0]
     return np.where(fit_mask(mask, side)[0, :, :, None].bool().numpy(), drawn, kept)
+
+
+def finished(x: Tensor, request: PictureRequest) -> np.ndarray:
+    """What a sampler drew, float32 [3, S, S] in [-1, 1], as a request gets it: uint8 [S, S, 3], an edit only within its mask."""
+    drawn = to_bytes(x[None])[0]
+    return keep_outside(drawn, request.picture, request.mask) if request.task == "edit" else drawn

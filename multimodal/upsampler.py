@@ -30,7 +30,7 @@ from oneira.platform.errors import ConfigError, DataError
 
 from .learning import seed_of
 from .networks import diffusers_class, load_network, save_network
-from .pictures import keep_outside, resize, to_bytes, to_signed
+from .pictures import finished, resize, to_signed
 from .stages import PictureRequest, Plan
 
 SCHEDULE = Schedule(kind="offset-cosine")
@@ -160,7 +160,4 @@ class UpsamplerStage:
         for plan in plans:
             plan.step += 1
             if plan.row.done:
-                drawn = to_bytes(plan.row.x[None])[0]
-                if plan.request.task == "edit":
-                    drawn = keep_outside(drawn, plan.request.picture, plan.request.mask)
-                plan.found, plan.done = {"picture": drawn}, True
+                plan.found, plan.done = {"picture": finished(plan.row.x, plan.request)}, True

@@ -90,8 +90,9 @@ def serve(
         ray_serve.run(application, name=APPLICATION, route_prefix="/")
         _wait_until_ready(server.url)
     except Exception as error:
+        said = _said(error)  # before the replicas are forgotten
         server.close()
-        raise _explained(error) from error
+        raise _explained(error, said) from error
     except BaseException:
         server.close()
         raise
@@ -132,12 +133,21 @@ def _wait_until_ready(url: str) -> None:
     raise ClusterError(f"The server does not answer at {url} after {READY_SECONDS:.0f} s.")
 
 
-def _explained(error: Exception) -> Exception:
+def _said(error: Exception) -> str:
+    """What Ray says of a start that failed: the error, and what Serve keeps of the application and its deployments."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    kept = [] if application is None else [application.message, *(d.message for d in application.deployments.values())]
+    return "\n".join([str(error), *kept])
+
+
+def _explained(error: Exception, said: str) -> Exception:
     """The error of a replica that could not begin, as itself: Ray tells it as a traceback in a text."""
     if isinstance(error, errors.OneiraError):
         return error
-    said = re.findall(r"oneira\.platform\.errors\.(\w+): (.+)", str(error))
-    if said:
-        return getattr(errors, said[-1][0])(said[-1][1])
-    lines = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
+    found = re.findall(r"oneira\.platform\.errors\.(\w+): (.+)", said)
+    if found:
+        return getattr(errors, found[-1][0])(found[-1][1])
+    lines = [line.strip() for line in said.splitlines() if re.match(r"\s*[\w.]+(Error|Exception)\b", line)]
     return ClusterError(f"The server did not start: {lines[-1] if lines else error}")

@@ -177,6 +177,16 @@ def test_wrong_commands_are_refused_before_anything_starts(arguments, code, word
     assert done.returncode == code and words in done.stderr and not (tmp_path / "cluster").exists()
 
 
+def test_a_model_that_is_not_there_is_told_as_itself(tmp_path):
+    """The replica that looks for it is another process; what it says must reach the one who typed the command."""
+    command = [sys.executable, "-m", "oneira.platform.cli", "serve", "--model", str(tmp_path / "none"), "--port", "0"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        command, env=environment | {"ONEIRA_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "There is no model" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_no_request_makes_the_server_fail(server, tmp_path):
     """schemathesis, with right and wrong requests of every route of the server's own document."""
