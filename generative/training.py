@@ -9,10 +9,12 @@ ends with the same bytes as one that was not (same machine, same number of threa
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -31,6 +33,23 @@ class Trainable(Protocol):
         ...
 
 
+class Adversarial(Protocol):
+    """What `fit` asks of a model whose parts play against each other, beside `loss` (which it does not call then).
+
+    players: the names of submodules, one for each step of a cycle, such as ("critic", "critic", "generator"). At a step
+    only the parameters of its player learn; Adam's moments and counts of the others stand still, so that each player
+    has, in effect, an optimizer of its own.
+    """
+
+    players: tuple[str, ...]
+
+    def player_loss(
+        self, player: str, batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What this player minimises, and named scalars to log."""
+        ...
+
+
 Model = TypeVar("Model", bound=nn.Module)
 Log = Callable[..., None]  # log(step, **values)
 
@@ -45,16 +64,20 @@ class TrainSettings:
     warmup: int = 100  # steps; at most a quarter of all
     final_lr_fraction: float = 0.05
     weight_decay: float = 0.0  # decoupled (AdamW)
+    beta1: float = 0.9  # Adam's, of the first moment; adversarial models want it lower
     clip: float = 1.0  # of the global gradient norm; 0 = off
     ema: float = 0.0  # decay of the averaged weights, which are returned; 0 = off
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     channels_last: bool = False
+    validate_every: int = 0  # steps; 0 = never
+    patience: int = 0  # validations without a better value before training stops; 0 = it goes on to the end
     save_every: int = 0  # steps; 0 = never
     log_every: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
         lowest_of = {"steps": 1, "batch_size": 1, "warmup": 0, "save_every": 0, "log_every": 1, "seed": 0}
+        lowest_of |= {"validate_every": 0, "patience": 0}
         for key, lowest in lowest_of.items():
             if getattr(self, key) < lowest:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least {lowest}.")
@@ -63,8 +86,11 @@ class TrainSettings:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be finite and not negative.")
         if not 0 <= self.final_lr_fraction <= 1:
             raise ConfigError(f"final_lr_fraction is {self.final_lr_fraction}; it must be in [0, 1].")
-        if not 0 <= self.ema < 1:
-            raise ConfigError(f"ema is {self.ema}; it must be in [0, 1).")
+        for key in ("ema", "beta1"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must be in [0, 1).")
+        if self.patience and not self.validate_every:
+            raise ConfigError(f"patience is {self.patience}, but validate_every is 0: nothing would be validated.")
 
 
 def fit(
@@ -77,16 +103,21 @@ def fit(
     name: str = "training",
     log: Log = lambda step, **values: None,
     init: Mapping[str, Tensor] | None = None,
+    validate: Callable[[Model], float] | None = None,
 ) -> Model:
     """Trains `model` in place and returns it in eval mode, with its averaged weights if `settings.ema` is on.
 
+    With `validate_every`, the weights that are returned are those with the lowest validation value.
+
     Args:
-        model: see `Trainable`; its weights stay fp32, the forward pass runs in `settings.precision`.
+        model: see `Trainable` and `Adversarial`; its weights stay fp32, the forward pass runs in `settings.precision`.
         batch_at: step in [0, steps) -> batch: tensors, or dicts, lists and tuples of them. Must be a pure function.
         device: where to train and who grants the time; None means this process's own.
         checkpoints, name: where the state is saved every `save_every` steps and at the end, and from where it goes on.
         log: called as log(step, loss=, lr=, grad_norm=, **model's) every `log_every` steps and at the end, from step 1.
         init: weights to begin with where there is no checkpoint.
+        validate: asked every `validate_every` steps for a number of the model in eval mode, with its averaged weights;
+            lower is better. Must be a pure function of the weights.
 
     Raises:
         NumericalError: a loss or gradient is not finite; model and checkpoint keep the last good step.
@@ -104,6 +135,8 @@ def fit(
         state.load(*_read(checkpoints, name))
     with device.lease(bytes=state.num_bytes(), priority="train") as lease:
         for step in range(state.step, settings.steps):
+            if state.has_stopped:
+                break
             lease.step()
             try:
                 values = _update(state, _to(batch_at(step), place), place)
@@ -111,12 +144,14 @@ def fit(
                 if checkpoints is not None and settings.save_every and state.step:
                     checkpoints.save(name, *state.save(), step=state.step)
                 raise
-            done = state.step == settings.steps
+            if validate is not None and settings.validate_every and state.step % settings.validate_every == 0:
+                values["validation"] = state.validate(validate)
+            done = state.step == settings.steps or state.has_stopped
             if checkpoints is not None and settings.save_every and (done or state.step % settings.save_every == 0):
                 checkpoints.save(name, *state.save(), step=state.step)
             if done or state.step % settings.log_every == 0:
                 log(state.step, **{key: float(value) for key, value in values.items()})
-    state.use_average()
+    state.finish()
     return model.eval()
 
 
@@ -127,10 +162,17 @@ class _State:
         self.model, self.settings, self.step = model, settings, 0
         self.parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
+            list(self.parameters.values()), lr=settings.lr, betas=(settings.beta1, 0.999),
+            weight_decay=settings.weight_decay, fused=True,
+        )  # fmt: skip
         self.average = {key: p.detach().clone() for key, p in self.parameters.items()} if settings.ema else {}
+        self.best: dict[str, Tensor] = {}  # of all that was validated: the whole state_dict
+        self.best_value, self.waited = math.inf, 0
         self.precision = pick_precision(settings.precision, place)
+
+    @property
+    def has_stopped(self) -> bool:
+        return bool(self.settings.patience) and self.waited >= self.settings.patience
 
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.model.state_dict().values()) * (5 if self.average else 4)
@@ -141,17 +183,24 @@ class _State:
         for key, parameter in self.parameters.items():
             for kind, value in self.optimizer.state[parameter].items():
                 tensors[f"{kind}.{key}"] = value
-        return tensors, {"settings": _identity(self.settings)}
+        tensors |= {f"best.{key}": value for key, value in self.best.items()}
+        meta: dict[str, Any] = {"settings": _identity(self.settings)}
+        return tensors, meta | ({"best": self.best_value, "waited": self.waited} if self.best else {})
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], step: int) -> None:
-        if meta.get("settings") != _identity(self.settings):
-            wanted = _identity(self.settings)
+        wanted = _identity(self.settings)
+        if LATER | dict(meta.get("settings") or {}) != wanted:
             raise CheckpointError(f"The checkpoint was trained with {meta.get('settings')}, not {wanted}.")
         try:
             self.model.load_state_dict({key: tensors[f"model.{key}"] for key in self.model.state_dict()})
             for key, value in self.average.items():
                 value.copy_(tensors[f"average.{key}"])
+            if "best" in meta:
+                self.best = {key: tensors[f"best.{key}"].clone() for key in self.model.state_dict()}
+                self.best_value, self.waited = meta["best"], meta["waited"]
             for key, parameter in self.parameters.items():
+                if isinstance(self.model, HasPlayers) and f"step.{key}" not in tensors:
+                    continue  # its player had no turn yet
                 moments = {kind: torch.empty_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
                 for kind, value in moments.items():
                     value.copy_(tensors[f"{kind}.{key}"])
@@ -161,15 +210,62 @@ class _State:
             raise CheckpointError(f"The checkpoint is of another model: {error}") from error
         self.step = step
 
+    def validate(self, ask: Callable[[Any], float]) -> float:
+        """Asks for a value of the averaged weights, and keeps these where they are the best so far."""
+        learning = {key: p.detach().clone() for key, p in self.parameters.items()} if self.average else {}
+        self._put(self.average)
+        value = float(ask(self.model.eval()))
+        if value < self.best_value:
+            self.best = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
+            self.best_value, self.waited = value, 0
+        else:
+            self.waited += 1
+        self._put(learning)
+        self.model.train()
+        return value
+
+    def finish(self) -> None:
+        if self.best:
+            self.model.load_state_dict(self.best)
+        else:
+            self._put(self.average)
+
     @torch.no_grad()
-    def use_average(self) -> None:
-        for key, value in self.average.items():
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for key, value in values.items():
             self.parameters[key].copy_(value)
+
+
+# Settings that checkpoints of earlier versions do not name, as those were trained.
+LATER = {"beta1": 0.9, "validate_every": 0, "patience": 0}
 
 
 def _identity(settings: TrainSettings) -> dict[str, Any]:
     """The settings on which the weights depend."""
     return {key: value for key, value in vars(settings).items() if key not in ("save_every", "log_every")}
+
+
+@runtime_checkable
+class HasPlayers(Protocol):
+    players: tuple[str, ...]
+
+
+@contextmanager
+def _turn(state: _State) -> Iterator[Callable[[Any, torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]]:
+    """Yields the loss of this step; of an adversarial model only the player's parameters ask for gradients meanwhile."""
+    model = state.model
+    if not isinstance(model, HasPlayers):
+        yield cast(Trainable, model).loss
+        return
+    player = model.players[state.step % len(model.players)]
+    others = [p for key, p in state.parameters.items() if not key.startswith(f"{player}.")]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield functools.partial(cast(Adversarial, model).player_loss, player)
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _read(checkpoints: Checkpoints, name: str) -> tuple[Mapping[str, Tensor], Mapping[str, Any], int]:
@@ -181,9 +277,10 @@ def _update(state: _State, batch: Any, place: torch.device) -> dict[str, Any]:
     """One optimizer step; counts it only when it was good. Returns what to log."""
     settings, parameters = state.settings, list(state.parameters.values())
     state.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(place.type, torch.bfloat16, enabled=state.precision is torch.bfloat16):
-        loss, values = cast(Trainable, state.model).loss(batch, _generator(settings.seed, state.step, place))
-    loss.backward()
+    with _turn(state) as loss_of:
+        with torch.autocast(place.type, torch.bfloat16, enabled=state.precision is torch.bfloat16):
+            loss, values = loss_of(batch, _generator(settings.seed, state.step, place))
+        loss.backward()
     norm = nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
     if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
         raise NumericalError(

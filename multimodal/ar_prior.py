@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oneira.generative.learning import seed_of
 from oneira.platform.config import from_dict, to_dict
 from oneira.platform.errors import ConfigError, DataError
 
-from .learning import seed_of
 from .networks import save_tensors
 from .prior import DROPPED, HEAD, needs_prior
 from .stages import PictureRequest, Plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from oneira.generative.learning import write_folder
 from oneira.platform.errors import DataError, UsageError
 
 from .ar_prior import CONFIG as AR_CONFIG
@@ -12,7 +13,6 @@ from .ar_prior import ArPrior
 from .clip import Clip
 from .decoder import Decoder
 from .embedding import clip_folder
-from .learning import write_folder
 from .networks import halve
 from .prior import Prior
 from .text_to_image import ModelCard, write_card

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oneira.generative.learning import learn, lesson_report, seed_of, smoke_of
 from oneira.generative.training import TrainSettings
 from oneira.platform.devices import pick_device
 from oneira.platform.runs import place_of
@@ -25,10 +26,9 @@ from .ar_prior import ArPrior, ArPriorConfig, ArPriorStage, Code
 from .clip import Clip
 from .decoder import Decoder, DecoderConfig, DecoderStage
 from .embedding import COUNTED, clip_folder, encode, load_clip, square_clip, statistics
-from .learning import UNSEEN, learn, lesson_report, seed_of, smoke_of
 from .pictures import resize, to_bytes, to_signed
 from .prior import Prior, PriorConfig, PriorStage
-from .scenes import captions, draw, rearranged, sample
+from .scenes import UNSEEN, captions, draw, rearranged, sample
 from .stages import PictureRequest, Stage, through
 from .text_stage import TextStage
 from .upsampler import Upsampler, UpsamplerConfig, UpsamplerStage

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 from .checker import Checker
-from .learning import UNSEEN
-from .scenes import agreement, captions, sample
+from .scenes import UNSEEN, agreement, captions, sample
 from .stages import PictureRequest, through
 from .text_to_image import CONDITIONS, TextToImage
 

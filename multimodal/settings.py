@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from oneira.generative.learning import learn, lesson_report, seed_of, smoke_of
 from oneira.generative.training import TrainSettings
 
 from .checker import Checker, CheckerConfig
 from .clip import Clip, ClipConfig
-from .learning import UNSEEN, learn, lesson_report, seed_of, smoke_of
-from .scenes import COLOURS, SHAPES, agreement, captions, draw, grid_labels, sample
+from .scenes import COLOURS, SHAPES, UNSEEN, agreement, captions, draw, grid_labels, sample
 from .words import Words, with_unknown_words
 
 

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oneira.generative.diffusion import Row, Schedule, advance, noise_of, training_pair
+from oneira.generative.learning import seed_of
 from oneira.platform.errors import ConfigError, DataError
 
-from .learning import seed_of
 from .networks import diffusers_class, load_network, save_network
 from .pictures import finished, resize, to_signed
 from .stages import PictureRequest, Plan

@@ -32,6 +32,7 @@ RADII = (370, 550, 780)  # of the circle around an object of each size, before j
 MAX_RADIUS = 811
 TURN = 3600  # a full turn, in the unit of angles
 TRIES = 64  # of a layout before the fixed one
+UNSEEN = 1 << 40  # scenes of the training split with this index and beyond are kept for measuring
 SINGLE, RELATION, GROUP, LIST = range(len(KINDS))
 TRAIN, PAIRS, COMBOS, ALL = range(len(SPLITS))
 

@@ -10,11 +10,11 @@ from functools import cache
 import numpy as np
 import pytest
 
+from oneira.generative.learning import seed_of, trained
 from oneira.multimodal.ar_prior import ArPrior, ArPriorConfig
 from oneira.multimodal.checker import Checker, CheckerConfig
 from oneira.multimodal.clip import Clip, ClipConfig
 from oneira.multimodal.decoder import Decoder, DecoderConfig
-from oneira.multimodal.learning import seed_of, trained
 from oneira.multimodal.prior import Prior, PriorConfig
 from oneira.multimodal.scenes import draw, sample
 from oneira.multimodal.upsampler import Upsampler, UpsamplerConfig

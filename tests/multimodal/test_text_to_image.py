@@ -218,8 +218,7 @@ def test_scores_count_what_the_judge_reads(pipe, tmp_path):
 
 def test_true_pictures_are_scored_right():
     """A pipeline that draws the scenes themselves, judged by what is there: everything counts as right."""
-    from oneira.multimodal.learning import UNSEEN
-    from oneira.multimodal.scenes import agreement, true_reading
+    from oneira.multimodal.scenes import UNSEEN, agreement, true_reading
     from oneira.multimodal.scoring import COUNTED, KINDS, share
 
     for kind, split in KINDS.items():

@@ -1,9 +1,9 @@
-"""A run that trains one network on scenes: fit, keep, score, report. What `train` of this package's configs calls.
+"""A run that trains one network: fit, keep, score, report. What `train` of such a run's config calls.
 
 run/checkpoints/fit@STEP     the state of training, gone at the end
 run/checkpoints/model@0      the weights
 run/model/                   the same as a folder in the public format
-run/evaluations/scores.json  what it reaches on scenes that it was not trained on
+run/evaluations/scores.json  what it reaches on data that it was not trained on
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from oneira.generative.training import TrainSettings, fit
 from oneira.platform.checkpoints import json_bytes, write_replacing
 from oneira.platform.config import to_dict
 from oneira.platform.errors import CheckpointError
@@ -29,7 +28,7 @@ from oneira.platform.executor import Executor
 from oneira.platform.report import Report
 from oneira.platform.runs import Run
 
-UNSEEN = 1 << 40  # scenes of the training split with this index and beyond are kept for measuring
+from .training import TrainSettings, fit
 
 
 class Lesson(Protocol):
@@ -50,7 +49,7 @@ class Lesson(Protocol):
         ...
 
     def score(self, model: Any) -> dict[str, float]:
-        """What the trained network reaches on scenes it has not seen."""
+        """What the trained network reaches on data it has not seen."""
         ...
 
 
@@ -91,7 +90,10 @@ def fit_unit(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:
     model = config.build()
     batch_size = config.training.batch_size
     log = _logger(run, config.training.steps, batch_size)
-    model = fit(model, config.batches(), config.training, checkpoints=run.checkpoints, name="fit", log=log)
+    validate = getattr(config, "validate", None)  # only some lessons stop early
+    model = fit(
+        model, config.batches(), config.training, checkpoints=run.checkpoints, name="fit", log=log, validate=validate
+    )
     write_folder(run.path / "model", model.save)
     run.checkpoints.save("model", model.state_dict(), {})
     return {}
@@ -152,18 +154,21 @@ def _logger(run: Run, steps: int, batch_size: int) -> Callable[..., None]:
     return log
 
 
-def lesson_report(run: Run, subtitle: str) -> Path:
-    """Writes a run's report.html from what it holds by now, and returns its path."""
+def lesson_report(run: Run, subtitle: str, samples: str | Path | None = None) -> Path:
+    """Writes a run's report.html from what it holds by now (and a picture of its samples), and returns its path."""
     page = Report(run.name, f"{run.preset}: {subtitle}")
-    page.section("Scores", "On scenes that were not used in training.")
+    page.section("Scores", "On data that was not used in training.")
     if scores_of(run).exists():
         page.tiles(json.loads(scores_of(run).read_text(encoding="utf-8")))
     else:
         page.text("This run is not trained yet: `oneira resume` goes on with it.")
+    if samples is not None:
+        page.section("Samples", "Drawn with seed 0, not chosen.")
+        page.image(samples, "samples")
     lines = run.metrics("fit")
     if lines:
         page.section("Training")
-        for key in [key for key in lines[-1] if key not in ("time", "stage", "step", "total", "lr")]:
+        for key in dict.fromkeys(key for line in lines for key in line if key not in ("time", "stage", "step", "total", "lr")):
             kept = [line for line in lines if key in line]
             page.chart({key: ([line["step"] for line in kept], [line[key] for line in kept])}, title=key, xlabel="step")
     page.section("Conditions")

@@ -1,0 +1,64 @@
+"""One page with the scores and samples of several runs side by side: what `oneira compare` writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from oneira.platform.errors import DataError
+from oneira.platform.report import Report
+from oneira.platform.runs import Run
+
+from .learning import scores_of
+from .models import load_model
+from .scores import samples_per_second
+from .settings import ModelRun, samples_picture
+
+TIMED = 16  # samples
+TEXTS = 3  # texts of a model that are shown
+
+
+def describe_run(name: str) -> dict[str, Any]:
+    """What the page says of a run: JSON values.
+
+    Raises:
+        UsageError, DataError: there is no such run, it is of another kind, or it is not trained yet.
+    """
+    run = Run.open(name)
+    if not isinstance(run.config, ModelRun):
+        raise DataError(f"The run '{run.path}' is of '{run.preset}', which trains no generative model of one network.")
+    if not scores_of(run).exists():
+        raise DataError(f"The run '{run.path}' is not trained yet. Go on with it: oneira resume {name}")
+    model = load_model(run.path)
+    picture = samples_picture(run)
+    return {
+        "run": run.name, "path": str(run.path), "model": model.kind, "data": run.config.data.name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_s": sum(line["seconds"] for line in run.metrics("stage") if line["name"] == "fit"),
+        "samples_per_s": samples_per_second(model, TIMED, time.perf_counter) if model.can_sample else None,
+        "scores": json.loads(scores_of(run).read_text(encoding="utf-8")),
+        "picture": str(picture) if picture else None,
+        "texts": model.sample(TEXTS, 0) if model.space.kind == "text" and model.can_sample else [],
+    }  # fmt: skip
+
+
+def comparison_page(rows: Sequence[dict[str, Any]], out: Path) -> Path:
+    """Writes the page of what `describe_run` said of several runs, and returns its path."""
+    page = Report("Generative models", ", ".join(row["run"] for row in rows))
+    scores = list(dict.fromkeys(key for row in rows for key in row["scores"]))
+    facts = ["run", "model", "data", "parameters", "training_s", "samples_per_s"]
+    page.section("Scores", "Of rows that were not used in training. Compare likelihoods on the same data only.")
+    page.table(
+        [*facts, *scores],
+        [[row[key] for key in facts] + [row["scores"].get(key) for key in scores] for row in rows],
+        "training_s and samples_per_s are in seconds, as measured on the machine that each was measured on.",
+    )
+    page.section("Samples", "Drawn with seed 0, not chosen.")
+    page.images([(row["picture"], row["run"]) for row in rows if row["picture"]])
+    for row in rows:
+        for text in row["texts"]:
+            page.details(row["run"], text)
+    return page.write(out)

@@ -1,0 +1,88 @@
+"""Configs of this package's runs: which model learns which data, and how it is measured.
+
+    RealNVPRun = run_of(RealNVP)                  # its config class: seed, data, model, training, checks
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from .datasets import DataConfig, Dataset, Rows, batches, first_rows, load_data
+from .learning import learn, lesson_report, seed_of, smoke_of
+from .models import CARD, GenerativeModel, load_model
+from .scores import mean_nats, score_model
+from .spaces import write_samples
+from .training import TrainSettings
+
+SHOWN = 64  # samples of a report
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRun:
+    """One generative model on one data set. checks: rows of each score, at most.
+
+    The class of a family's runs, which `run_of` makes, has a field `model` of the family's own `Config` more.
+    """
+
+    network: ClassVar[Any]
+
+    seed: int = 0
+    data: DataConfig
+    training: TrainSettings
+    checks: int = 2000
+
+    def smoke(self) -> Any:
+        training = smoke_of(self.training)
+        return replace(self, training=replace(training, validate_every=10 if training.validate_every else 0), checks=64)
+
+    def train(self, run: Any, executor: Any) -> dict[str, Any]:
+        return learn(self, run, executor)
+
+    def report(self, run: Any) -> Path:
+        subtitle = f"{self.network.kind} on {self.data.name}"
+        return lesson_report(run, subtitle, samples_picture(run) if (run.path / "model" / CARD).exists() else None)
+
+    def dataset(self) -> Dataset:
+        return _data_of(self.data)
+
+    def build(self) -> GenerativeModel:
+        return self.network(getattr(self, "model"), self.dataset().space)  # noqa: B009 (subclasses declare it)
+
+    def batches(self) -> Callable[[int], Rows]:
+        return batches(self.dataset(), self.training.batch_size, seed_of(self.seed, "batches"))
+
+    def validate(self, model: GenerativeModel) -> float:
+        """The mean loss over rows of "validation", with noise that is the same at each time."""
+        return mean_nats(model, first_rows(self.dataset(), "validation", self.checks))
+
+    def score(self, model: GenerativeModel) -> dict[str, float]:
+        return score_model(model, self.dataset(), self.checks)
+
+
+_data_of = functools.lru_cache(maxsize=2)(load_data)
+
+
+@functools.cache
+def run_of(network: type[GenerativeModel]) -> Any:
+    """The config class of runs that train this model: a `ModelRun` with `model`, of the model's own `Config`."""
+    return make_dataclass(
+        f"{network.__name__}Run", [("model", network.Config, field(default_factory=network.Config))],
+        bases=(ModelRun,), namespace={"network": network, "__module__": __name__}, frozen=True, kw_only=True,
+    )  # fmt: skip
+
+
+def samples_picture(run: Any) -> Path | None:
+    """A picture of a trained run's samples, made once; None of a model whose samples are no pictures."""
+    place = run.media("samples.png")
+    if place.exists():
+        return place
+    model = load_model(run.path)
+    if model.space.kind == "text" or not model.can_sample:
+        return None
+    count = SHOWN if model.space.kind == "pictures" else 4 * SHOWN
+    write_samples(model.sample(count, 0), model.space, place)
+    return place

@@ -1,0 +1,149 @@
+"""Laws that hold of every family, by the checker that is shipped for authors; and that the checker finds what it must."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from oneira.generative.checking import ModelProblems, check_model
+from oneira.generative.datasets import Arrays, DataConfig, first_rows, learn_tokens, load_data, text_space, token_rows
+from oneira.generative.ffjord import FFJORD, FFJORDConfig
+from oneira.generative.glow import Glow, GlowConfig
+from oneira.generative.pixelcnn import PixelCNN, PixelCNNConfig
+from oneira.generative.realnvp import RealNVP, RealNVPConfig
+from oneira.generative.recurrent import Recurrent, RecurrentConfig
+from oneira.generative.spaces import Space
+from oneira.platform.presets import find_entry_points
+
+SMALL: dict[str, tuple[Callable, str]] = {
+    # name: (space -> model, data set)
+    "ffjord": (lambda space: FFJORD(FFJORDConfig(width=16, depth=2, steps=2), space), "moons"),
+    "glow": (lambda space: Glow(GlowConfig(steps=2, width=8), space), "digits"),
+    "pixelcnn": (lambda space: PixelCNN(PixelCNNConfig(width=8, blocks=1), space), "digits"),
+    "pixelcnn-logistic": (lambda space: PixelCNN(PixelCNNConfig(head="logistic", width=8, blocks=1), space), "digits"),
+    "pixelcnn-colour": (lambda space: PixelCNN(PixelCNNConfig(width=12, blocks=1), space), "colours"),
+    "realnvp": (lambda space: RealNVP(RealNVPConfig(couplings=3, width=16), space), "moons"),
+    "recurrent-gru": (lambda space: Recurrent(RecurrentConfig(cell="gru", width=16), space), "verses"),
+    "recurrent-lstm": (lambda space: Recurrent(RecurrentConfig(width=16), space), "verses"),
+}
+
+
+def colours():
+    """Pictures uint8 [40, 4, 4, 3] of 6 levels."""
+    x = np.random.default_rng(0).integers(0, 6, (40, 4, 4, 3)).astype(np.uint8)
+    return Arrays.divide(Space(kind="pictures", shape=(4, 4, 3), levels=6), {"x": x})
+
+
+def verses():
+    documents = [f"the {colour} {shape} sleeps" for colour in ("red", "green", "blue") for shape in ("dog", "cat", "owl", "fish")]
+    tokenizer = learn_tokens(documents, 300)
+    return Arrays.divide(text_space(tokenizer, 12), {"x": token_rows(tokenizer, documents, 12)})
+
+
+DATA = {
+    "colours": colours,
+    "digits": lambda: load_data(DataConfig(name="digits")),
+    "moons": lambda: load_data(DataConfig(name="moons")),
+    "verses": verses,
+}
+EVERY = pytest.mark.parametrize("name", SMALL)
+
+
+def make(name, seed=0):
+    build, data = SMALL[name]
+    dataset = DATA[data]()
+    torch.manual_seed(seed)
+    return build(dataset.space).eval(), {k: torch.as_tensor(v) for k, v in first_rows(dataset, "train", 6).items()}
+
+
+@EVERY
+def test_laws(name):
+    model, batch = make(name)
+    check_model(model, batch)
+
+
+def test_no_family_is_left_out():
+    kinds = {make(name)[0].kind for name in SMALL}
+    assert kinds == set(find_entry_points("oneira.models"))
+
+
+@EVERY
+def test_kinds_and_configs_are_declared(name):
+    model, _ = make(name)
+    assert type(model).kind in find_entry_points("oneira.models") and dataclasses.is_dataclass(type(model).Config)
+
+
+# What the checker must find -------------------------------------------------------------------------------------------
+
+
+class Broken(RealNVP):
+    """A good model that each test breaks in one place."""
+
+
+def found(change, **values):
+    space = Space(kind="points", shape=(3,))
+    torch.manual_seed(0)
+    cls = type("Broken", (Broken,), change)
+    model = cls(RealNVPConfig(couplings=2, width=8), space)
+    batch = {"x": torch.randn(5, 3, generator=torch.Generator().manual_seed(1))}
+    with pytest.raises(ModelProblems) as error:
+        check_model(model, batch)
+    return " ".join(error.value.problems)
+
+
+def unused(self, config, space):
+    RealNVP.__init__(self, config, space)
+    self.spare = nn.Parameter(torch.ones(2))
+
+
+def half_determinant(self, x):
+    z, log_det = RealNVP.transform(self, x)
+    return z, 0.5 * log_det
+
+
+def global_sample(self, n, seed):
+    return torch.randn(n, 3)
+
+
+def wrong_shape(self, n, seed):
+    return RealNVP.sample(self, n, seed)[:, :2]
+
+
+def crooked(self, z):
+    return RealNVP.invert(self, z) + 0.01
+
+
+def not_finite(self, x, seed=0):
+    return RealNVP.log_prob(self, x) + math.nan
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"__init__": unused}, "No gradient reaches the parameter 'spare'"),
+        ({"transform": half_determinant}, "autograd's Jacobian"),
+        ({"sample": global_sample}, "other rows for the same seed"),
+        ({"sample": global_sample}, "global generator"),
+        ({"sample": wrong_shape}, "the space says"),
+        ({"invert": crooked}, "undoes `encode` only up to"),
+        ({"log_prob": not_finite}, "one finite number a row"),
+        ({"loss": lambda self, batch, generator: (RealNVP.loss(self, batch, generator)[0] * torch.rand(()), {})}, "two calls"),
+        ({}, "another class"),  # it saves itself under the kind of another
+    ],
+)  # fmt: skip
+def test_the_checker_finds(change, said):
+    assert said in found(change)
+
+
+def test_the_checker_leaves_the_model_as_it_was():
+    model, batch = make("realnvp")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    check_model(model, batch)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert np.isfinite(batch["x"]).all()
