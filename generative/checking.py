@@ -9,8 +9,8 @@ read again the model is the same to the bit; none of this touches torch's global
 - `invertible`: decode undoes encode, and encode decode. `transform`: its log-determinant is that of autograd's Jacobian.
 - `log_prob`: one finite number a row.
 - `interpolate`: the ends are the rows given, as far as the model can show them.
-- `conditionals(x)` -> float32 [B, P, ...], what the model says of each token of a text, or of each pixel (all its channels) row by
-  row: it must not change with what is at that place or later ones, and must change with what is before.
+- `conditionals(x)` -> float32 [B, P, ...], what the model says of each token of a text, or of each number of a picture, row by
+  row and channel after channel: it must not change with what is at that place or later ones, and must change with what is before.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def _check_masks(model: Any, data: dict[str, Tensor]) -> Iterator[str]:
 
 
 def _changed(model: Any, x: Tensor, place: int) -> Tensor:
-    """x with other values at this token or pixel and all later ones."""
-    flat = x.clone().reshape(len(x), -1, *model.space.shape[2:])  # [B, P] or [B, P, C]
+    """x with other values at this token or number and all later ones."""
+    flat = x.clone().reshape(len(x), -1)
     values = np.random.default_rng(place).integers(1, model.space.levels, flat[:, place:].shape)
     flat[:, place:] = ((flat[:, place:].long() + torch.from_numpy(values)) % model.space.levels).to(x.dtype)
     return flat.reshape(x.shape)

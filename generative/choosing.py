@@ -36,7 +36,7 @@ def narrowed(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: fl
     logits = logits.float() / temperature
     if top_k == 0 and top_p == 1:
         return logits
-    ordered, places = logits.sort(-1, descending=True, stable=True)
+    ordered, places = logits.sort(dim=-1, descending=True, stable=True)
     before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # what those have that are more probable
     ruled_out = before >= top_p
     if top_k:

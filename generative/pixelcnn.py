@@ -70,7 +70,7 @@ class PixelCNN(GenerativeModel):
         """Pictures [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1]."""
         return x.permute(0, 3, 1, 2).float() * (2 / (self.space.levels - 1)) - 1
 
-    def _parameters(self, x: Tensor) -> Tensor:
+    def _said(self, x: Tensor) -> Tensor:
         """Of the distribution of each number: float32 [B, H, W, C, numbers]."""
         h = self.first(self._input(x))
         for block in self.blocks:
@@ -86,7 +86,7 @@ class PixelCNN(GenerativeModel):
 
     def _nats(self, x: Tensor) -> Tensor:
         """-log p of each number, [B, H, W, C]."""
-        return -self._log_probs(self._parameters(x), x.long()[..., None])[..., 0]
+        return -self._log_probs(self._said(x), x.long()[..., None])[..., 0]
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """-log p, in nats a number. Nothing in it is random."""
@@ -100,7 +100,7 @@ class PixelCNN(GenerativeModel):
 
     def conditionals(self, x: Tensor) -> Tensor:
         """What is said of each number in order, [B, H * W * C, numbers]."""
-        return self._parameters(x).flatten(1, 3)
+        return self._said(x).flatten(1, 3)
 
     def sample(self, n: int, seed: int, cached: bool = True) -> Tensor:
         """`n` pictures uint8 [n, H, W, C]. Not `cached`: by one whole pass for each number; the same pictures."""
@@ -124,7 +124,7 @@ class PixelCNN(GenerativeModel):
         for i in range(height):
             for j in range(width):
                 for c in range(channels):
-                    parameters = self._step(x, cache, i, j) if cached else self._parameters(x)[:, i, j]
+                    parameters = self._step(x, cache, i, j) if cached else self._said(x)[:, i, j]
                     value = draw(self._log_probs(parameters[:, c], levels), uniform[:, i, j, c])
                     x[:, i, j, c] = torch.where(known[:, i, j, c], x[:, i, j, c], value.to(x.dtype))
                 if cached:  # what the last number makes of the layers' inputs at this place, later places will see

@@ -107,7 +107,7 @@ class TextModel(GenerativeModel):
         logits = self.advance(state, tokens)
         alive = torch.ones(len(tokens), dtype=torch.bool, device=self.device)
         while tokens.shape[1] < self.longest and alive.any():
-            if self.pad != self.end_token:
+            if self.pad >= 0:
                 logits[:, self.pad] = -torch.inf
             new = draw(narrowed(logits, *choice), uniform[:, tokens.shape[1]])
             new = torch.where(alive, new, torch.full_like(new, self.end_token))

@@ -15,6 +15,7 @@ from oneira.generative.checking import ModelProblems, check_model
 from oneira.generative.datasets import Arrays, DataConfig, first_rows, learn_tokens, load_data, text_space, token_rows
 from oneira.generative.ffjord import FFJORD, FFJORDConfig
 from oneira.generative.glow import Glow, GlowConfig
+from oneira.generative.gpt import GPT, GPTConfig
 from oneira.generative.pixelcnn import PixelCNN, PixelCNNConfig
 from oneira.generative.realnvp import RealNVP, RealNVPConfig
 from oneira.generative.recurrent import Recurrent, RecurrentConfig
@@ -25,6 +26,9 @@ SMALL: dict[str, tuple[Callable, str]] = {
     # name: (space -> model, data set)
     "ffjord": (lambda space: FFJORD(FFJORDConfig(width=16, depth=2, steps=2), space), "moons"),
     "glow": (lambda space: Glow(GlowConfig(steps=2, width=8), space), "digits"),
+    "gpt-learned": (lambda space: GPT(GPTConfig(width=16, layers=2, heads=2), space), "verses"),
+    "gpt-rotary": (lambda space: GPT(GPTConfig(width=16, layers=1, heads=2, positions="rotary"), space), "verses"),
+    "gpt-sinusoidal": (lambda space: GPT(GPTConfig(width=16, layers=1, heads=2, positions="sinusoidal"), space), "verses"),
     "pixelcnn": (lambda space: PixelCNN(PixelCNNConfig(width=8, blocks=1), space), "digits"),
     "pixelcnn-logistic": (lambda space: PixelCNN(PixelCNNConfig(head="logistic", width=8, blocks=1), space), "digits"),
     "pixelcnn-colour": (lambda space: PixelCNN(PixelCNNConfig(width=12, blocks=1), space), "colours"),
