@@ -1,0 +1,164 @@
+"""An energy-based model with Langevin sampling and a replay buffer (Du & Mordatch 2019), over points or pictures.
+
+    p(x) is in proportion to exp(-E(x));  x <- x - (step^2 / 2) dE/dx + step * noise        (their eq. 2)
+
+Training lowers the energy of data and raises that of the chains' rows. The chains go on from step to step; a few begin anew
+each time, from noise. Chains that find rows of much lower energy than all data mean that training falls apart: the alarm
+ends it. Energies tell what is unlike the data: `ood_score`.
+
+Legend: B rows, R rows of the buffer. Pixels are seen as numbers in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from oneira.platform.errors import ConfigError, NumericalError
+
+from .models import GenerativeModel
+from .spaces import Space
+
+ALARM = 50.0  # nats by which the chains' energy may lie below the data's, on average
+
+
+@dataclass(frozen=True, kw_only=True)
+class EBMConfig:
+    """width: of the network. steps, step: Langevin's, in each step of training. buffer: rows that go on; fresh: the share of
+    chains that begin anew. pull: weight of the squared energies, which keeps them near 0. sweeps: steps of `sample`."""
+
+    width: int = 128
+    steps: int = 20
+    step: float = 0.05
+    buffer: int = 2048
+    fresh: float = 0.05
+    pull: float = 0.05
+    sweeps: int = 1000
+
+    def __post_init__(self) -> None:
+        for key in ("width", "steps", "buffer", "sweeps"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1.")
+        if not (0 < self.step and 0 <= self.fresh <= 1 and self.pull >= 0):
+            raise ConfigError("step must be above 0, fresh in [0, 1], and pull not negative.")
+
+
+class EBM(GenerativeModel):
+    """Raises ConfigError for texts, and for pictures whose sides are not multiples of 4."""
+
+    kind = "ebm"
+    Config = EBMConfig
+    buffer: Tensor
+
+    def __init__(self, config: EBMConfig, space: Space):
+        super().__init__(config, space)
+        if space.kind == "text":
+            raise ConfigError("An energy-based model takes points or pictures, not texts.")
+        self.network = _points_network(space, config.width) if space.kind == "points" else _pictures_network(space, config.width)
+        self.register_buffer("buffer", self._noise(config.buffer, torch.Generator().manual_seed(0)))
+
+    def energy(self, x: Tensor) -> Tensor:
+        """E of real rows [B, ...]: float32 [B], nats up to a constant."""
+        if self.space.kind == "pictures":
+            x = x.permute(0, 3, 1, 2)
+        return self.network(x).float()[:, 0]
+
+    def _real(self, rows: Tensor) -> Tensor:
+        return rows if self.space.kind == "points" else rows.float() * (2 / (self.space.levels - 1)) - 1
+
+    def _noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows to begin at: points of a wide normal, or pixels alike in [-1, 1]."""
+        size, place = (count, *self.space.shape), generator.device
+        if self.space.kind == "points":
+            return 2 * torch.randn(size, generator=generator, device=place)
+        return 2 * torch.rand(size, generator=generator, device=place) - 1
+
+    def langevin(self, x: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+        """`steps` steps from x [B, ...], by the energy's own gradient; pixels stay within [-1, 1]."""
+        wanted = [p.requires_grad for p in self.parameters()]
+        self.requires_grad_(False)
+        try:
+            for _ in range(steps):
+                x = x.detach().requires_grad_()
+                with torch.enable_grad():
+                    (slope,) = torch.autograd.grad(self.energy(x).sum(), x)
+                noise = torch.randn(x.shape, generator=generator, device=x.device)
+                x = x.detach() - self.config.step**2 / 2 * slope.clamp(-100, 100) + self.config.step * noise
+                if self.space.kind == "pictures":
+                    x = x.clamp(-1, 1)
+        finally:
+            for parameter, want in zip(self.parameters(), wanted, strict=True):
+                parameter.requires_grad_(want)
+        return x.detach()
+
+    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """mean E(data) - mean E(chains), plus `pull` times their mean squares. Raises NumericalError at the alarm."""
+        true = self._real(batch["x"])
+        if self.space.kind == "pictures":  # a little noise: the energy of whole levels alone could be a comb
+            true = true + 0.02 * torch.randn(true.shape, generator=generator, device=true.device)
+        rows = torch.randint(len(self.buffer), (len(true),), generator=generator, device=true.device)
+        start = self.buffer[rows]
+        is_fresh = torch.rand(len(true), generator=generator, device=true.device) < self.config.fresh
+        start[is_fresh] = self._noise(int(is_fresh.sum()), generator)
+        end = self.langevin(start, self.config.steps, generator)
+        if self.training:
+            self.buffer[rows] = end
+        e_true, e_chains = self.energy(true), self.energy(end)
+        gap = e_true.mean() - e_chains.mean()
+        if gap.item() > ALARM:
+            raise NumericalError(
+                f"Training falls apart: the chains' energy lies {gap.item():.1f} nats below the data's; {ALARM:g} are allowed. "
+                "Try a lower lr, more `steps`, or a larger `pull`."
+            )
+        pull = self.config.pull * (e_true.square().mean() + e_chains.square().mean())
+        return gap + pull, {"gap": gap.detach(), "energy": e_true.mean().detach()}
+
+    @torch.no_grad()
+    def sample(self, n: int, seed: int) -> Tensor:
+        """`n` rows after `sweeps` Langevin steps, each chain from a row of the buffer drawn by chance."""
+        generator = self.generator(seed)
+        rows = torch.randint(len(self.buffer), (n,), generator=generator, device=self.device)
+        x = self.langevin(self.buffer[rows], self.config.sweeps, generator)
+        if self.space.kind == "points":
+            return x
+        return ((x + 1) / 2 * (self.space.levels - 1)).round().to(torch.uint8)
+
+    @torch.no_grad()
+    def ood_score(self, x: Tensor) -> Tensor:
+        """How unlike the data rows are, float32 [B]: their energy. Compare it between rows of one model only."""
+        return self.energy(self._real(x.to(self.device)))
+
+    def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """How often a true row has a lower energy than one made of noise: 0.5 is knowing nothing (AUROC)."""
+        generator = self.generator(0)
+        noise = self._noise(len(batch["x"]), generator)
+        with torch.no_grad():
+            low, high = self.ood_score(batch["x"]), self.energy(noise)
+        return {"ood_auroc": auroc(high.cpu().numpy(), low.cpu().numpy())}
+
+
+def auroc(high: np.ndarray, low: np.ndarray) -> float:
+    """The share of pairs in which the value of `high` [N] is above that of `low` [M]; equal ones count half."""
+    return float(((high[:, None] > low[None]) + 0.5 * (high[:, None] == low[None])).mean())
+
+
+def _points_network(space: Space, width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(space.dims, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+        nn.Linear(width, 1),
+    )  # fmt: skip
+
+
+def _pictures_network(space: Space, width: int) -> nn.Module:
+    height, wide, channels = space.shape
+    if height % 4 or wide % 4:
+        raise ConfigError(f"{height}x{wide} pixels; both sides must be multiples of 4.")
+    return nn.Sequential(
+        nn.Conv2d(channels, width // 2, 3, padding=1), nn.SiLU(), nn.Conv2d(width // 2, width, 4, 2, 1), nn.SiLU(),
+        nn.Conv2d(width, width, 4, 2, 1), nn.SiLU(), nn.Flatten(), nn.Linear(width * height * wide // 16, width), nn.SiLU(),
+        nn.Linear(width, 1),
+    )  # fmt: skip
