@@ -11,12 +11,18 @@ import pytest
 import torch
 from torch import nn
 
+from oneira.generative.autoencoder import VAE, Autoencoder, AutoencoderConfig, VAEConfig
 from oneira.generative.checking import ModelProblems, check_model
+from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.datasets import Arrays, DataConfig, first_rows, learn_tokens, load_data, text_space, token_rows
+from oneira.generative.ddpm import DDPM, DDPMConfig
+from oneira.generative.ebm import EBM, EBMConfig
 from oneira.generative.ffjord import FFJORD, FFJORDConfig
+from oneira.generative.gan import GAN, GANConfig
 from oneira.generative.glow import Glow, GlowConfig
 from oneira.generative.gpt import GPT, GPTConfig
 from oneira.generative.pixelcnn import PixelCNN, PixelCNNConfig
+from oneira.generative.rbm import RBM, RBMConfig
 from oneira.generative.realnvp import RealNVP, RealNVPConfig
 from oneira.generative.recurrent import Recurrent, RecurrentConfig
 from oneira.generative.spaces import Space
@@ -24,7 +30,18 @@ from oneira.platform.presets import find_entry_points
 
 SMALL: dict[str, tuple[Callable, str]] = {
     # name: (space -> model, data set)
+    "autoencoder": (lambda space: Autoencoder(AutoencoderConfig(z=4, width=4), space), "digits"),
+    "autoencoder-denoising": (lambda space: Autoencoder(AutoencoderConfig(objective="denoising", z=4, width=4), space), "digits"),
+    "classifier-cnn": (lambda space: Classifier(ClassifierConfig(width=8), space), "digits"),
+    "classifier-mlp": (lambda space: Classifier(ClassifierConfig(body="mlp", width=8), space), "digits"),
+    "ddpm": (lambda space: DDPM(DDPMConfig(widths=(8, 16), steps=4), space), "digits"),
+    "ddpm-conditional": (lambda space: DDPM(DDPMConfig(widths=(8, 16), steps=4, conditional=True), space), "digits"),
+    "ebm-pictures": (lambda space: EBM(EBMConfig(width=8, steps=2, buffer=16, sweeps=3), space), "digits"),
+    "ebm-points": (lambda space: EBM(EBMConfig(width=8, steps=2, buffer=16, sweeps=3), space), "moons"),
     "ffjord": (lambda space: FFJORD(FFJORDConfig(width=16, depth=2, steps=2), space), "moons"),
+    "gan-conditional": (lambda space: GAN(GANConfig(z=4, width=4, conditional=True), space), "digits"),
+    "gan-dcgan": (lambda space: GAN(GANConfig(objective="dcgan", z=4, width=4), space), "digits"),
+    "gan-wgan-gp": (lambda space: GAN(GANConfig(z=4, width=4), space), "digits"),
     "glow": (lambda space: Glow(GlowConfig(steps=2, width=8), space), "digits"),
     "gpt-learned": (lambda space: GPT(GPTConfig(width=16, layers=2, heads=2), space), "verses"),
     "gpt-rotary": (lambda space: GPT(GPTConfig(width=16, layers=1, heads=2, positions="rotary"), space), "verses"),
@@ -32,7 +49,10 @@ SMALL: dict[str, tuple[Callable, str]] = {
     "pixelcnn": (lambda space: PixelCNN(PixelCNNConfig(width=8, blocks=1), space), "digits"),
     "pixelcnn-logistic": (lambda space: PixelCNN(PixelCNNConfig(head="logistic", width=8, blocks=1), space), "digits"),
     "pixelcnn-colour": (lambda space: PixelCNN(PixelCNNConfig(width=12, blocks=1), space), "colours"),
+    "rbm": (lambda space: RBM(RBMConfig(hidden=8, chains=8, sweeps=5), space), "digits"),
+    "rbm-cd": (lambda space: RBM(RBMConfig(hidden=8, chains=0, sweeps=5), space), "digits"),
     "realnvp": (lambda space: RealNVP(RealNVPConfig(couplings=3, width=16), space), "moons"),
+    "vae": (lambda space: VAE(VAEConfig(z=4, width=4), space), "digits"),
     "recurrent-gru": (lambda space: Recurrent(RecurrentConfig(cell="gru", width=16), space), "verses"),
     "recurrent-lstm": (lambda space: Recurrent(RecurrentConfig(width=16), space), "verses"),
 }

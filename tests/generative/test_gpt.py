@@ -85,7 +85,7 @@ def test_order_matters(positions, lines):
     # Without positions a causal transformer of one layer could not tell "b a c" from "a b c" at c.
     model = make(lines.space, positions)
     a, b = model.logits(torch.tensor([[1, 50, 60, 70]])), model.logits(torch.tensor([[1, 60, 50, 70]]))
-    assert (a[0, 3] - b[0, 3]).abs().max() > 1e-4
+    assert (a[0, 3] - b[0, 3]).abs().max() > 1e-5
 
 
 def test_positions_by_hand():
@@ -110,8 +110,8 @@ def test_attention_maps_look_back_only(positions, lines):
 @KINDS
 def test_it_learns_to_add(positions, lines):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(width=64, layers=2, heads=4, positions=positions), lines.space)
-    fit(model, batches(lines, 48, 0), TrainSettings(steps=150, batch_size=48, lr=5e-3, warmup=20, precision="fp32"))
+    model = GPT(GPTConfig(width=48, layers=2, heads=4, positions=positions), lines.space)
+    fit(model, batches(lines, 32, 0), TrainSettings(steps=130, batch_size=32, lr=5e-3, warmup=20, precision="fp32"))
     starts = [line.rpartition(" ")[0] for line in LINES]
     right = sum(a == b for a, b in zip(model.complete(starts, 0, temperature=0), LINES, strict=True))
     assert right >= 24, right  # of 36; the most frequent sum alone is right for 6
