@@ -1,47 +1,187 @@
 """The presets of this package: complete runs by name, `oneira train NAME`. Each takes at most ten minutes on two cores.
 
-ffjord-moons     a flow in continuous time on two moons
-glow-digits      a flow on several scales on digits
-realnvp-moons    a flow of affine couplings on two moons
+ae-digits, dae-digits        autoencoder, and one that takes noise away, on digits
+cnn-digits, mlp-digits       classifiers of digits; cnn-things, mlp-things of pictures of one object, by shape and colour
+cgan-digits, cgan-things     conditional GAN on digits, and on pictures of one object
+dcgan-digits, wgan-digits    GANs on digits: with a critic of likelihoods, and of distances
+ddpm-digits                  diffusion on digits, told the label
+ebm-digits, ebm-moons        energy-based models
+ffjord-moons                 a flow in continuous time on two moons
+glow-digits                  a flow on several scales on digits
+gpt-captions                 a causal transformer on captions of scenes
+gru-captions, lstm-captions  recurrent models on captions of scenes
+pixelcnn-digits              pixel after pixel, by a softmax; pixelcnn-logistic-digits by a mixture of logistic distributions
+rbm-digits                   a restricted Boltzmann machine on digits
+realnvp-moons                a flow of affine couplings on two moons
+vae-digits, vae-scenes       variational autoencoders; beta-vae-scenes with beta 4
+
+On data of one's own: `oneira train vae-scenes --set data.name=images --set data.path=FOLDER`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from .autoencoder import VAE, Autoencoder, AutoencoderConfig, VAEConfig
+from .classifier import Classifier, ClassifierConfig
 from .datasets import DataConfig
+from .ddpm import DDPM, DDPMConfig
+from .ebm import EBM, EBMConfig
 from .ffjord import FFJORD, FFJORDConfig
+from .gan import GAN, GANConfig
 from .glow import Glow, GlowConfig
+from .gpt import GPT, GPTConfig
+from .pixelcnn import PixelCNN, PixelCNNConfig
+from .rbm import RBM, RBMConfig
 from .realnvp import RealNVP, RealNVPConfig
+from .recurrent import Recurrent, RecurrentConfig
 from .settings import run_of
 from .training import TrainSettings
 
 MOONS, DIGITS = DataConfig(name="moons"), DataConfig(name="digits")
+SCENES, THINGS = DataConfig(name="scenes", size=32), DataConfig(name="things", size=32)
+CAPTIONS = DataConfig(name="captions", length=48)
+
+
+def _run(model: Any, config: Any, data: DataConfig, checks: int = 2000, **training: Any) -> Any:
+    settings = TrainSettings(**{"save_every": 500, "batch_size": 64, **training})
+    return run_of(model)(data=data, model=config, training=settings, checks=checks)
+
+
+def _few(steps: int, **training: Any) -> dict[str, Any]:
+    """Training on data so few that a model learns them by heart: it stops where validation is best."""
+    return {"steps": steps, "validate_every": 200, "patience": 8, **training}
+
+
+# Flows ----------------------------------------------------------------------------------------------------------------
 
 
 def realnvp_moons() -> Any:
-    return run_of(RealNVP)(
-        data=MOONS,
-        model=RealNVPConfig(),
-        training=TrainSettings(steps=8000, batch_size=256, lr=2e-3, ema=0.99, precision="fp32", save_every=1000),
-        checks=10_000,
+    return _run(
+        RealNVP, RealNVPConfig(), MOONS, 10_000, steps=8000, batch_size=256, lr=2e-3, ema=0.99, precision="fp32"
     )
 
 
 def ffjord_moons() -> Any:
-    return run_of(FFJORD)(
-        data=MOONS,
-        model=FFJORDConfig(),
-        training=TrainSettings(steps=8000, batch_size=256, lr=3e-3, ema=0.99, precision="fp32", save_every=500),
-        checks=10_000,
+    return _run(
+        FFJORD, FFJORDConfig(), MOONS, 10_000, steps=6000, batch_size=256, lr=3e-3, ema=0.99, precision="fp32"
     )
 
 
 def glow_digits() -> Any:
-    return run_of(Glow)(
-        data=DIGITS,
-        model=GlowConfig(),
-        training=TrainSettings(
-            steps=6000, batch_size=64, lr=1e-3, ema=0.995, precision="fp32", validate_every=250, patience=6, save_every=250
-        ),
+    return _run(Glow, GlowConfig(), DIGITS, **_few(6000, lr=1e-3, ema=0.995, precision="fp32"))
+
+
+# Autoregressive models and transformers -------------------------------------------------------------------------------
+
+
+def pixelcnn_digits() -> Any:
+    return _run(PixelCNN, PixelCNNConfig(), DIGITS, **_few(8000, lr=1e-3, ema=0.995, weight_decay=0.01))
+
+
+def pixelcnn_logistic_digits() -> Any:
+    config = PixelCNNConfig(head="logistic")
+    return _run(PixelCNN, config, DIGITS, **_few(8000, lr=1e-3, ema=0.995, weight_decay=0.01, precision="fp32"))
+
+
+def lstm_captions() -> Any:
+    return _run(Recurrent, RecurrentConfig(cell="lstm"), CAPTIONS, steps=3000, lr=3e-3, ema=0.99)
+
+
+def gru_captions() -> Any:
+    return _run(Recurrent, RecurrentConfig(cell="gru"), CAPTIONS, steps=3000, lr=3e-3, ema=0.99)
+
+
+def gpt_captions() -> Any:
+    return _run(GPT, GPTConfig(positions="rotary"), CAPTIONS, steps=4000, lr=2e-3, warmup=200, ema=0.99)
+
+
+# Energy-based models --------------------------------------------------------------------------------------------------
+
+
+def rbm_digits() -> Any:
+    return _run(RBM, RBMConfig(), DIGITS, steps=4000, lr=3e-3, clip=0, precision="fp32")
+
+
+def ebm_moons() -> Any:
+    config = EBMConfig(step=0.1)
+    return _run(EBM, config, MOONS, steps=4000, batch_size=256, lr=1e-3, ema=0.99, precision="fp32")
+
+
+def ebm_digits() -> Any:
+    config = EBMConfig(width=64, steps=30)
+    return _run(EBM, config, DIGITS, steps=4000, lr=3e-4, clip=0.1, ema=0.99, precision="fp32")
+
+
+# GANs -----------------------------------------------------------------------------------------------------------------
+
+
+def _gan(config: GANConfig, data: DataConfig, steps: int, beta1: float) -> Any:
+    return _run(
+        GAN, config, data, steps=steps, lr=5e-4, beta1=beta1, clip=0, ema=0.995, final_lr_fraction=0.2, precision="fp32"
     )
+
+
+def dcgan_digits() -> Any:
+    return _gan(GANConfig(objective="dcgan", critic_steps=1), DIGITS, 6000, 0.5)
+
+
+def wgan_digits() -> Any:
+    return _gan(GANConfig(), DIGITS, 10_000, 0.0)
+
+
+def cgan_digits() -> Any:
+    return _gan(GANConfig(conditional=True), DIGITS, 10_000, 0.0)
+
+
+def cgan_things() -> Any:
+    return _gan(GANConfig(conditional=True, width=32, z=48), THINGS, 10_000, 0.0)
+
+
+# Codes ----------------------------------------------------------------------------------------------------------------
+
+
+def ae_digits() -> Any:
+    return _run(Autoencoder, AutoencoderConfig(), DIGITS, **_few(5000, lr=1e-3, ema=0.99))
+
+
+def dae_digits() -> Any:
+    return _run(Autoencoder, AutoencoderConfig(objective="denoising"), DIGITS, **_few(5000, lr=1e-3, ema=0.99))
+
+
+def vae_digits() -> Any:
+    return _run(VAE, VAEConfig(), DIGITS, **_few(8000, lr=1e-3, ema=0.99))
+
+
+def vae_scenes() -> Any:
+    return _run(VAE, VAEConfig(z=32), SCENES, steps=5000, lr=1e-3, ema=0.995)
+
+
+def beta_vae_scenes() -> Any:
+    return _run(VAE, VAEConfig(z=32, beta=4.0), SCENES, steps=5000, lr=1e-3, ema=0.995)
+
+
+# Diffusion ------------------------------------------------------------------------------------------------------------
+
+
+def ddpm_digits() -> Any:
+    return _run(DDPM, DDPMConfig(conditional=True), DIGITS, steps=6000, lr=2e-3, ema=0.998)
+
+
+# Classifiers ----------------------------------------------------------------------------------------------------------
+
+
+def mlp_digits() -> Any:
+    return _run(Classifier, ClassifierConfig(body="mlp"), DIGITS, **_few(3000, lr=2e-3, ema=0.99))
+
+
+def cnn_digits() -> Any:
+    return _run(Classifier, ClassifierConfig(), DIGITS, **_few(3000, lr=2e-3, ema=0.99))
+
+
+def mlp_things() -> Any:
+    return _run(Classifier, ClassifierConfig(body="mlp", noise=0.0), THINGS, steps=3000, lr=1e-3, ema=0.99)
+
+
+def cnn_things() -> Any:
+    return _run(Classifier, ClassifierConfig(noise=0.0), THINGS, steps=3000, lr=1e-3, ema=0.99)

@@ -1,0 +1,84 @@
+"""Scores by hand and against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from oneira.generative.datasets import Arrays
+from oneira.generative.models import GenerativeModel
+from oneira.generative.scores import (
+    coverage,
+    frechet_distance,
+    kernel_distance,
+    likelihood_scores,
+    precision_recall,
+    sample_scores,
+    score_model,
+)
+from oneira.generative.spaces import Space
+
+RNG = np.random.default_rng(0)
+
+
+def test_frechet_distance_of_known_normals():
+    # Exactly whitened rows, then scaled: |m|^2 + sum (s_a - s_b)^2 with diagonal covariances.
+    x = RNG.normal(size=(500, 3))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+    found = frechet_distance(x * [1, 2, 3], x * [2, 2, 1] + [1, 0, 2])
+    assert found == pytest.approx(5 + 1 + 0 + 4, rel=1e-6)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    turn = np.linalg.qr(RNG.normal(size=(3, 3)))[0]
+    assert frechet_distance(x * [1, 2, 3] @ turn, x * [2, 2, 1] @ turn) == pytest.approx(5, rel=1e-6)
+
+
+def test_kernel_distance_by_hand():
+    a, b = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0]])
+    # k(x, y) = (x y + 1)^3: within a 1, within b 343, between (1 + 1 + 27 + 64) / 4
+    assert kernel_distance(a, b) == pytest.approx(1 + 343 - 2 * 93 / 4)
+    same = [kernel_distance(RNG.normal(size=(60, 4)), RNG.normal(size=(60, 4))) for _ in range(30)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 30**0.5, "unbiased: 0 on average for the same distribution"
+
+
+def test_precision_recall_and_coverage_by_hand():
+    true = np.array([[0.0], [1.0], [2.0], [3.0], [10.0]])
+    drawn = np.array([[0.5], [2.5], [3.2], [3.4], [50.0]])
+    # radii to the 1st neighbour, true: 1 1 1 1 7; drawn: 2 .7 .2 .2 46.6
+    assert precision_recall(true, drawn, k=1) == (4 / 5, 5 / 5)
+    assert coverage(true, drawn, k=1) == pytest.approx(5 / 5)
+    assert coverage(true, np.array([[0.5], [50.0]]), k=1) == pytest.approx(2 / 5)
+
+
+def test_scores_tell_apart_what_they_should():
+    true, good = RNG.normal(size=(400, 2)), RNG.normal(size=(400, 2))
+    narrow, off = 0.1 * RNG.normal(size=(400, 2)), RNG.normal(size=(400, 2)) + 3
+    best, few, far = (sample_scores(true, drawn) for drawn in (good, narrow, off))
+    assert best["coverage"] > 0.8 and best["precision"] > 0.8 and best["recall"] > 0.8
+    assert few["precision"] > 0.9 and few["recall"] < 0.1 and few["coverage"] < 0.4, "one mode only: precise, without range"
+    assert far["precision"] < 0.3 and far["frechet"] > 10 > 0.2 > best["frechet"] and far["kernel"] > 10 * abs(best["kernel"])
+
+
+class Fair(GenerativeModel):
+    """Says that every level of every pixel, or every token, is as likely."""
+
+    kind = "fair"
+
+    def loss(self, batch, generator):
+        return torch.zeros(()), {}
+
+    def log_prob(self, x):
+        places = self.space.dims if self.space.kind == "pictures" else (x[:, 1:] != 0).sum(1)
+        return torch.zeros(len(x)) - places * math.log(self.space.levels)
+
+
+def test_likelihoods_in_their_customary_units():
+    pictures = Space(kind="pictures", shape=(2, 2, 1), levels=16)
+    rows = {"x": np.zeros((6, 2, 2, 1), np.uint8)}
+    assert likelihood_scores(Fair(None, pictures), rows) == {"bits_per_dim": pytest.approx(4)}
+    tokens = {"x": np.array([[1, 5, 2, 0], [1, 5, 5, 2]])}
+    assert likelihood_scores(Fair(None, Space(kind="text", shape=(4,), levels=50)), tokens) == {"perplexity": pytest.approx(50)}
+    data = Arrays.divide(pictures, {"x": np.zeros((40, 2, 2, 1), np.uint8)})
+    assert score_model(Fair(None, pictures), data, 10) == {"bits_per_dim": pytest.approx(4)}, "it cannot be sampled from"
