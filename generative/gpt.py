@@ -128,15 +128,17 @@ class GPT(TextModel):
 
 
 class Block(nn.Module):
-    """x [B, L, W] -> [B, L, W]. `causal`: no place sees a later one."""
+    """x [B, L, W] -> [B, L, W]. `causal`: no place sees a later one. `seen` bool [B, L]: which places others may see."""
 
     def __init__(self, width: int, heads: int, causal: bool = True):
         super().__init__()
         self.before, self.attention = nn.LayerNorm(width), Attention(width, heads, causal)
         self.between, self.grow, self.shrink = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, kept: Kept | None = None) -> Tensor:
-        x = x + self.attention(self.before(x), turns, kept)
+    def forward(
+        self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, kept: Kept | None = None, seen: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.before(x), turns, kept, seen)
         return x + self.shrink(F.gelu(self.grow(self.between(x)), approximate="tanh"))
 
 
@@ -152,25 +154,29 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         return (turned(q, turns), turned(k, turns), v) if turns is not None else (q, k, v)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, kept: Kept | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, kept: Kept | None = None, seen: Tensor | None = None
+    ) -> Tensor:
         q, k, v = self._split(x, turns)
         start = 0
         if kept is not None:
             start, end = kept.length, kept.length + x.shape[1]
             kept.keys[:, :, start:end], kept.values[:, :, start:end], kept.length = k, v, end
             k, v = kept.keys[:, :, :end], kept.values[:, :, :end]
-        mask = None
+        mask = None if seen is None else seen[:, None, None]
         if self.causal and start and x.shape[1] > 1:  # several places at once, behind others
             mask = _sees(x.shape[1], k.shape[2], x.device)
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and not start and x.shape[1] > 1)
         return self.out(found.transpose(1, 2).flatten(2))
 
-    def weights(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+    def weights(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, seen: Tensor | None = None) -> Tensor:
         """The softmax itself, [B, N, L, L]."""
         q, k, _ = self._split(x, turns)
         scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
         if self.causal:
             scores = scores.masked_fill(~_sees(x.shape[1], x.shape[1], x.device), -torch.inf)
+        if seen is not None:
+            scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         return scores.softmax(-1)
 
 

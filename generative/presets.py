@@ -6,6 +6,7 @@ cgan-digits, cgan-things     conditional GAN on digits, and on pictures of one o
 dcgan-digits, wgan-digits    GANs on digits: with a critic of likelihoods, and of distances
 ddpm-digits                  diffusion on digits, told the label
 ebm-digits, ebm-moons        energy-based models
+encoder-captions             a transformer that fills in hidden words of captions
 ffjord-moons                 a flow in continuous time on two moons
 glow-digits                  a flow on several scales on digits
 gpt-captions                 a causal transformer on captions of scenes
@@ -13,6 +14,7 @@ gru-captions, lstm-captions  recurrent models on captions of scenes
 pixelcnn-digits              pixel after pixel, by a softmax; pixelcnn-logistic-digits by a mixture of logistic distributions
 rbm-digits                   a restricted Boltzmann machine on digits
 realnvp-moons                a flow of affine couplings on two moons
+translator-captions          an encoder-decoder that says a short caption in full
 vae-digits, vae-scenes       variational autoencoders; beta-vae-scenes with beta 4
 
 On data of one's own: `oneira train vae-scenes --set data.name=images --set data.path=FOLDER`.
@@ -27,6 +29,7 @@ from .classifier import Classifier, ClassifierConfig
 from .datasets import DataConfig
 from .ddpm import DDPM, DDPMConfig
 from .ebm import EBM, EBMConfig
+from .encoder import Encoder, EncoderConfig
 from .ffjord import FFJORD, FFJORDConfig
 from .gan import GAN, GANConfig
 from .glow import Glow, GlowConfig
@@ -37,6 +40,7 @@ from .realnvp import RealNVP, RealNVPConfig
 from .recurrent import Recurrent, RecurrentConfig
 from .settings import run_of
 from .training import TrainSettings
+from .translator import Translator, TranslatorConfig
 
 MOONS, DIGITS = DataConfig(name="moons"), DataConfig(name="digits")
 SCENES, THINGS = DataConfig(name="scenes", size=32), DataConfig(name="things", size=32)
@@ -94,6 +98,15 @@ def gru_captions() -> Any:
 
 def gpt_captions() -> Any:
     return _run(GPT, GPTConfig(positions="rotary"), CAPTIONS, steps=4000, lr=2e-3, warmup=200, ema=0.99)
+
+
+def encoder_captions() -> Any:
+    return _run(Encoder, EncoderConfig(), CAPTIONS, steps=4000, lr=2e-3, warmup=200, ema=0.99)
+
+
+def translator_captions() -> Any:
+    data = DataConfig(name="paraphrases", length=48)
+    return _run(Translator, TranslatorConfig(), data, steps=4000, lr=2e-3, warmup=200, ema=0.99)
 
 
 # Energy-based models --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""The scenes as data sets of `oneira.generative`: pictures ("scenes"), pictures of one labelled object ("things"), and captions.
+"""The scenes as data sets of `oneira.generative`: pictures ("scenes"), pictures of one labelled object ("things"), captions, and
+pairs of captions ("paraphrases": one in few words, and one that leaves nothing out).
 
-All three are endless. "validation" and "test" begin at `UNSEEN`, which no training reaches.
+All are endless. "validation" and "test" begin at `UNSEEN`, which no training reaches.
 """
 
 from __future__ import annotations
@@ -62,6 +63,15 @@ class Captions(_Endless):
         return {"x": token_rows(self.tokenizer, texts, self.space.shape[0])}
 
 
+class Paraphrases(Captions):
+    """Captions that leave nothing out, and in "source" another of the same scene in other words, which may."""
+
+    def rows(self, split: Split, indices: np.ndarray) -> Rows:
+        scenes = sample(self._numbers(split, indices))
+        texts, length = {"x": captions(scenes, full=True), "source": captions(scenes, 1)}, self.space.shape[0]
+        return {key: token_rows(self.tokenizer, value, length) for key, value in texts.items()}
+
+
 def scenes_data(config: DataConfig) -> Scenes:
     return Scenes(Space(kind="pictures", shape=(config.size, config.size, 3), levels=256))
 
@@ -75,3 +85,9 @@ def things_data(config: DataConfig) -> Things:
 def captions_data(config: DataConfig) -> Captions:
     tokenizer = learn_tokens(captions(sample(np.arange(5000))), config.vocabulary)
     return Captions(text_space(tokenizer, config.length), tokenizer)
+
+
+@functools.cache
+def paraphrases_data(config: DataConfig) -> Paraphrases:
+    base = captions_data(config)
+    return Paraphrases(base.space, base.tokenizer)

@@ -17,6 +17,7 @@ from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.datasets import Arrays, DataConfig, first_rows, learn_tokens, load_data, text_space, token_rows
 from oneira.generative.ddpm import DDPM, DDPMConfig
 from oneira.generative.ebm import EBM, EBMConfig
+from oneira.generative.encoder import Encoder, EncoderConfig
 from oneira.generative.ffjord import FFJORD, FFJORDConfig
 from oneira.generative.gan import GAN, GANConfig
 from oneira.generative.glow import Glow, GlowConfig
@@ -26,6 +27,7 @@ from oneira.generative.rbm import RBM, RBMConfig
 from oneira.generative.realnvp import RealNVP, RealNVPConfig
 from oneira.generative.recurrent import Recurrent, RecurrentConfig
 from oneira.generative.spaces import Space
+from oneira.generative.translator import Translator, TranslatorConfig
 from oneira.platform.presets import find_entry_points
 
 SMALL: dict[str, tuple[Callable, str]] = {
@@ -38,6 +40,7 @@ SMALL: dict[str, tuple[Callable, str]] = {
     "ddpm-conditional": (lambda space: DDPM(DDPMConfig(widths=(8, 16), steps=4, conditional=True), space), "digits"),
     "ebm-pictures": (lambda space: EBM(EBMConfig(width=8, steps=2, buffer=16, sweeps=3), space), "digits"),
     "ebm-points": (lambda space: EBM(EBMConfig(width=8, steps=2, buffer=16, sweeps=3), space), "moons"),
+    "encoder": (lambda space: Encoder(EncoderConfig(width=16, layers=2, heads=2), space), "verses"),
     "ffjord": (lambda space: FFJORD(FFJORDConfig(width=16, depth=2, steps=2), space), "moons"),
     "gan-conditional": (lambda space: GAN(GANConfig(z=4, width=4, conditional=True), space), "digits"),
     "gan-dcgan": (lambda space: GAN(GANConfig(objective="dcgan", z=4, width=4), space), "digits"),
@@ -52,6 +55,7 @@ SMALL: dict[str, tuple[Callable, str]] = {
     "rbm": (lambda space: RBM(RBMConfig(hidden=8, chains=8, sweeps=5), space), "digits"),
     "rbm-cd": (lambda space: RBM(RBMConfig(hidden=8, chains=0, sweeps=5), space), "digits"),
     "realnvp": (lambda space: RealNVP(RealNVPConfig(couplings=3, width=16), space), "moons"),
+    "translator": (lambda space: Translator(TranslatorConfig(width=16, layers=2, heads=2), space), "pairs"),
     "vae": (lambda space: VAE(VAEConfig(z=4, width=4), space), "digits"),
     "recurrent-gru": (lambda space: Recurrent(RecurrentConfig(cell="gru", width=16), space), "verses"),
     "recurrent-lstm": (lambda space: Recurrent(RecurrentConfig(width=16), space), "verses"),
@@ -70,9 +74,16 @@ def verses():
     return Arrays.divide(text_space(tokenizer, 12), {"x": token_rows(tokenizer, documents, 12)})
 
 
+def pairs():
+    data = verses()
+    rows = {split: rows | {"source": rows["x"][:, ::-1].copy()} for split, rows in data.splits.items()}
+    return Arrays(data.space, rows)
+
+
 DATA = {
     "colours": colours,
     "digits": lambda: load_data(DataConfig(name="digits")),
+    "pairs": pairs,
     "moons": lambda: load_data(DataConfig(name="moons")),
     "verses": verses,
 }
