@@ -59,7 +59,9 @@ def main() -> None:
     speed = {kind: 300 / statistics.median(times) for kind, times in seconds.items()}
     for kind in seconds:
         print(f"{kind}: test log-likelihood {found[kind]:.4f} nats after {steps} steps; {speed[kind]:.0f} steps/s")
-    print(f"ours - zuko: {found['ours'] - found['zuko']:+.4f} nats; speed ours / zuko: {speed['ours'] / speed['zuko']:.2f}")
+    print(
+        f"ours - zuko: {found['ours'] - found['zuko']:+.4f} nats; speed ours / zuko: {speed['ours'] / speed['zuko']:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -30,13 +30,17 @@ def main() -> None:
     for lr in (1e-3, 3e-3, 1e-2):
         torch.manual_seed(0)
         began = time.perf_counter()
-        settings = TrainSettings(steps=given.epochs * (rows // batch), batch_size=batch, lr=lr, clip=0, precision="fp32")
+        settings = TrainSettings(
+            steps=given.epochs * (rows // batch), batch_size=batch, lr=lr, clip=0, precision="fp32"
+        )
         model = fit(RBM(RBMConfig(hidden=given.hidden, chains=batch), data.space), batches(data, batch, 0), settings)
         found["ours"][lr] = float(model.pseudo_log_likelihood(test).mean())
         print(f"ours, lr {lr:g}: {found['ours'][lr]:.2f} nats, {time.perf_counter() - began:.1f} s")
     for lr in (0.01, 0.05, 0.1):
         began = time.perf_counter()
-        theirs = BernoulliRBM(given.hidden, learning_rate=lr, batch_size=batch, n_iter=given.epochs, random_state=0).fit(train.numpy())
+        theirs = BernoulliRBM(
+            given.hidden, learning_rate=lr, batch_size=batch, n_iter=given.epochs, random_state=0
+        ).fit(train.numpy())
         with torch.no_grad():
             ruler.weight.copy_(torch.from_numpy(theirs.components_.T))
             ruler.hidden.copy_(torch.from_numpy(theirs.intercept_hidden_))
@@ -44,7 +48,9 @@ def main() -> None:
         found["scikit-learn"][lr] = float(ruler.pseudo_log_likelihood(test).mean())
         print(f"scikit-learn, lr {lr:g}: {found['scikit-learn'][lr]:.2f} nats, {time.perf_counter() - began:.1f} s")
     best = {name: max(values.values()) for name, values in found.items()}
-    print(f"ours {best['ours']:.2f}, scikit-learn {best['scikit-learn']:.2f}: {best['ours'] - best['scikit-learn']:+.2f} nats")
+    print(
+        f"ours {best['ours']:.2f}, scikit-learn {best['scikit-learn']:.2f}: {best['ours'] - best['scikit-learn']:+.2f} nats"
+    )
 
 
 if __name__ == "__main__":

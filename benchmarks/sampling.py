@@ -66,7 +66,13 @@ def gpt(width: int, layers: int, count: int) -> None:
     with torch.no_grad():
         off = (ours.logits(tokens) - theirs(tokens).logits).abs().max()
     print(f"GPT {width} wide, {layers} layers: largest difference of the logits {off:.1e}")
-    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+    settings = {
+        "max_new_tokens": count,
+        "min_new_tokens": count,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "use_cache": True,
+    }
     for rows in (1, 16):
         first = tokens[:1, :8].expand(rows, -1).contiguous()
         mask = torch.ones_like(first)

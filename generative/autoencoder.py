@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -205,7 +206,7 @@ def _networks(space: Space, width: int, outputs: int, z: int) -> tuple[nn.Module
     sizes = [width * 2**i for i in range(halvings + 1)]
     down: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.SiLU()]
     up: list[nn.Module] = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in pairwise(sizes):
         down += [nn.Conv2d(a, b, 4, 2, 1), nn.SiLU()]
         up = [nn.SiLU(), nn.ConvTranspose2d(b, a, 4, 2, 1), *up]
     flat = sizes[-1] * height * wide

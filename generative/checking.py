@@ -176,7 +176,10 @@ def _check_density(model: Any, data: dict[str, Tensor]) -> Iterator[str]:
     found = model.log_prob(data["x"])
     if tuple(found.shape) != (len(data["x"]),) or not torch.isfinite(found).all():
         yield f"`log_prob` gave {list(found.shape)}, finite: {bool(torch.isfinite(found).all())}; one finite number a row is wanted."
-    elif not torch.allclose(found[:1], model.log_prob(data["x"][:1]), rtol=1e-4, atol=1e-3) and model.space.kind != "pictures":
+    elif (
+        not torch.allclose(found[:1], model.log_prob(data["x"][:1]), rtol=1e-4, atol=1e-3)
+        and model.space.kind != "pictures"
+    ):
         yield "`log_prob` of a row depends on the other rows of the batch."
 
 

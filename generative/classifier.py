@@ -1,7 +1,7 @@
 """Classifiers, MLP and CNN: baselines, and the feature networks by which pictures are scored.
 
-    model.predict(pictures)                       # labels int64 [B]
-    model.features(pictures)                      # float32 [B, W], what the last layer sees
+model.predict(pictures)                       # labels int64 [B]
+model.features(pictures)                      # float32 [B, W], what the last layer sees
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class ClassifierConfig:
         if self.body not in BODIES:
             raise ConfigError(f"body is '{self.body}'. {did_you_mean(self.body, BODIES)}")
         if self.width < 1 or self.noise < 0:
-            raise ConfigError(f"width is {self.width} and noise {self.noise}; they must be at least 1, and not negative.")
+            raise ConfigError(
+                f"width is {self.width} and noise {self.noise}; they must be at least 1, and not negative."
+            )
 
 
 class Classifier(GenerativeModel):
@@ -89,6 +91,11 @@ def _cnn(space: Space, width: int) -> nn.Module:
     layers: list[nn.Module] = [nn.Conv2d(channels, width // 2 or 1, 3, padding=1), nn.ReLU()]
     inner = width // 2 or 1
     while min(height, wide) > 4:
-        layers += [nn.Conv2d(inner, width, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        layers += [
+            nn.Conv2d(inner, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+        ]
         height, wide, inner = -(-height // 2), -(-wide // 2), width
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inner * height * wide, width), nn.ReLU())

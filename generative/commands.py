@@ -44,6 +44,9 @@ def sample(
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Trained runs of generative models.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    classifier: Annotated[
+        str, typer.Option(metavar="RUN", help="A classifier's run, in whose features samples are scored too.")
+    ] = "",
     as_json: JSON = False,
 ) -> None:
     """Put runs side by side: one page with their scores and their samples."""
@@ -51,7 +54,9 @@ def compare(
 
     with json_on_stdout(as_json) as emit:
         from .comparing import comparison_page, describe_run
+        from .settings import load_classifier
 
-        rows = [describe_run(run) for run in runs]
-        print(comparison_page(rows, out))
+        reader = load_classifier(classifier) if classifier else None
+        rows = [describe_run(run, reader) for run in runs]
+        print(comparison_page(rows, out, classifier))
         emit({"runs": rows, "page": str(out)})

@@ -12,17 +12,19 @@ from oneira.platform.errors import DataError
 from oneira.platform.report import Report
 from oneira.platform.runs import Run
 
+from .classifier import Classifier
+from .datasets import first_rows
 from .learning import scores_of
 from .models import load_model
-from .scores import samples_per_second
+from .scores import SAMPLES, classifier_scores, samples_per_second
 from .settings import ModelRun, samples_picture
 
 TIMED = 16  # samples
 TEXTS = 3  # texts of a model that are shown
 
 
-def describe_run(name: str) -> dict[str, Any]:
-    """What the page says of a run: JSON values.
+def describe_run(name: str, classifier: Classifier | None = None) -> dict[str, Any]:
+    """What the page says of a run: JSON values. With a classifier, what samples score in its features as well.
 
     Raises:
         UsageError, DataError: there is no such run, it is of another kind, or it is not trained yet.
@@ -34,19 +36,22 @@ def describe_run(name: str) -> dict[str, Any]:
         raise DataError(f"The run '{run.path}' is not trained yet. Go on with it: oneira resume {name}")
     model = load_model(run.path)
     picture = samples_picture(run)
+    scores = json.loads(scores_of(run).read_text(encoding="utf-8"))
+    if classifier is not None and model.can_sample:
+        scores |= classifier_scores(model, first_rows(run.config.dataset(), "test", SAMPLES)["x"], classifier)
     return {
         "run": run.name, "path": str(run.path), "model": model.kind, "data": run.config.data.name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_s": sum(line["seconds"] for line in run.metrics("stage") if line["name"] == "fit"),
         "samples_per_s": samples_per_second(model, TIMED, time.perf_counter) if model.can_sample else None,
-        "scores": json.loads(scores_of(run).read_text(encoding="utf-8")),
+        "scores": scores,
         "picture": str(picture) if picture else None,
         "texts": model.sample(TEXTS, 0) if model.space.kind == "text" and model.can_sample else [],
     }  # fmt: skip
 
 
-def comparison_page(rows: Sequence[dict[str, Any]], out: Path) -> Path:
-    """Writes the page of what `describe_run` said of several runs, and returns its path."""
+def comparison_page(rows: Sequence[dict[str, Any]], out: Path, classifier: str = "") -> Path:
+    """Writes the page of what `describe_run` said of several runs (with the named classifier), and returns its path."""
     page = Report("Generative models", ", ".join(row["run"] for row in rows))
     scores = list(dict.fromkeys(key for row in rows for key in row["scores"]))
     facts = ["run", "model", "data", "parameters", "training_s", "samples_per_s"]
@@ -56,6 +61,8 @@ def comparison_page(rows: Sequence[dict[str, Any]], out: Path) -> Path:
         [[row[key] for key in facts] + [row["scores"].get(key) for key in scores] for row in rows],
         "training_s and samples_per_s are in seconds, as measured on the machine that each was measured on.",
     )
+    if classifier:
+        page.text(f"feature_...: in the features of the classifier {classifier}.")
     page.section("Samples", "Drawn with seed 0, not chosen.")
     page.images([(row["picture"], row["run"]) for row in rows if row["picture"]])
     for row in rows:

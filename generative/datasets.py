@@ -207,7 +207,9 @@ def texts(config: DataConfig) -> Arrays:
     tokenizer = learn_tokens(documents, config.vocabulary)
     stream = [token for text in tokenizer.encode_batch(documents) for token in (BEGIN, *text.ids, END)]
     whole = len(stream) // config.length * config.length
-    return Arrays.divide(text_space(tokenizer, config.length), {"x": np.array(stream[:whole]).reshape(-1, config.length)})
+    return Arrays.divide(
+        text_space(tokenizer, config.length), {"x": np.array(stream[:whole]).reshape(-1, config.length)}
+    )
 
 
 def learn_tokens(documents: list[str], vocabulary: int) -> Any:

@@ -62,7 +62,9 @@ class DDPM(GenerativeModel):
         super().__init__(config, space)
         space.require("pictures", self.kind)
         if any(side % 2 ** (len(config.widths) - 1) for side in space.shape[:2]):
-            raise ConfigError(f"{space.shape[0]}x{space.shape[1]} pixels cannot be halved {len(config.widths) - 1} times.")
+            raise ConfigError(
+                f"{space.shape[0]}x{space.shape[1]} pixels cannot be halved {len(config.widths) - 1} times."
+            )
         if config.conditional and not space.classes:
             raise ConfigError("conditional is on, but these data have no labels.")
         self.network = UNet(space.shape[2], config.widths, space.classes if config.conditional else 0)
@@ -103,7 +105,14 @@ class DDPM(GenerativeModel):
         return labels.to(self.device)
 
     def sample(
-        self, n: int, seed: int, *, steps: int = 0, sampler: Sampler = "ddim", guidance: float = 1.0, labels: Tensor | None = None
+        self,
+        n: int,
+        seed: int,
+        *,
+        steps: int = 0,
+        sampler: Sampler = "ddim",
+        guidance: float = 1.0,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """`n` pictures uint8 [n, H, W, C]; a picture depends on seed, its place and its own settings, not on n.
 
@@ -139,7 +148,9 @@ class DDPM(GenerativeModel):
         return network
 
     @torch.no_grad()
-    def complete(self, x: Tensor, known: Tensor, seed: int, *, steps: int = 100, labels: Tensor | None = None) -> Tensor:
+    def complete(
+        self, x: Tensor, known: Tensor, seed: int, *, steps: int = 100, labels: Tensor | None = None
+    ) -> Tensor:
         """Pictures of which the pixels `known` (bool [n, H, W, C] or one picture's) are given, the others painted in.
 
         At each step, what is known is put in place with as much noise as the step has (Lugmayr et al. 2022, eq. 8).
@@ -199,7 +210,9 @@ class UNet(nn.Module):
             if b:
                 self.shrink.append(nn.Conv2d(a, b, 3, stride=2, padding=1))
                 self.grow.insert(0, nn.Conv2d(b, a, 3, padding=1))
-        self.middle = nn.ModuleList([Residual(widths[-1], widths[-1], told), Look(widths[-1]), Residual(widths[-1], widths[-1], told)])
+        self.middle = nn.ModuleList(
+            [Residual(widths[-1], widths[-1], told), Look(widths[-1]), Residual(widths[-1], widths[-1], told)]
+        )
         self.norm, self.last = nn.GroupNorm(8, widths[0]), nn.Conv2d(widths[0], channels, 3, padding=1)
         nn.init.zeros_(self.last.weight)
 
@@ -248,7 +261,11 @@ class Look(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(8, width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        self.norm, self.qkv, self.out = (
+            nn.GroupNorm(8, width),
+            nn.Conv2d(width, 3 * width, 1),
+            nn.Conv2d(width, width, 1),
+        )
 
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
         q, k, v = (part.flatten(2).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, 1))

@@ -43,7 +43,7 @@ class EBMConfig:
         for key in ("width", "steps", "buffer", "sweeps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1.")
-        if not (0 < self.step and 0 <= self.fresh <= 1 and self.pull >= 0):
+        if not (self.step > 0 and 0 <= self.fresh <= 1 and self.pull >= 0):
             raise ConfigError("step must be above 0, fresh in [0, 1], and pull not negative.")
 
 
@@ -58,7 +58,9 @@ class EBM(GenerativeModel):
         super().__init__(config, space)
         if space.kind == "text":
             raise ConfigError("An energy-based model takes points or pictures, not texts.")
-        self.network = _points_network(space, config.width) if space.kind == "points" else _pictures_network(space, config.width)
+        self.network = (
+            _points_network(space, config.width) if space.kind == "points" else _pictures_network(space, config.width)
+        )
         self.register_buffer("buffer", self._noise(config.buffer, torch.Generator().manual_seed(0)))
 
     def energy(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,9 @@ class FFJORD(Flow):
             with torch.enable_grad():
                 y = state[0] if state[0].requires_grad else state[0].detach().requires_grad_()
                 velocity = self.field(t, y)
-                rows = [torch.autograd.grad(velocity[:, i].sum(), y, create_graph=True)[0][:, i] for i in range(y.shape[1])]
+                rows = [
+                    torch.autograd.grad(velocity[:, i].sum(), y, create_graph=True)[0][:, i] for i in range(y.shape[1])
+                ]
             return velocity, torch.stack(rows, 1).sum(1)
 
         z, trace = self._solve(motion, (x, x.new_zeros(len(x))), 0.0, 1.0)
@@ -106,7 +109,7 @@ class Field(nn.Module):
     def __init__(self, dims: int, width: int, depth: int):
         super().__init__()
         sizes = [dims, *[width] * depth]
-        self.layers = nn.ModuleList(nn.Linear(a + 1, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a + 1, b) for a, b in pairwise(sizes))
         self.last = nn.Linear(width, dims)
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:

@@ -129,7 +129,13 @@ class GAN(GenerativeModel):
         if labels is not None and not self.config.conditional:
             raise UsageError("This model was trained without labels; it cannot be asked for one.")
         x = self.painter(z.to(self.device), None if labels is None else labels.to(self.device))
-        return ((x + 1) / 2 * (self.space.levels - 1)).round().clamp(0, self.space.levels - 1).to(torch.uint8).permute(0, 2, 3, 1)
+        return (
+            ((x + 1) / 2 * (self.space.levels - 1))
+            .round()
+            .clamp(0, self.space.levels - 1)
+            .to(torch.uint8)
+            .permute(0, 2, 3, 1)
+        )
 
     def sample(self, n: int, seed: int, labels: Tensor | None = None) -> Tensor:
         """`n` pictures uint8 [n, H, W, C]; of a conditional one, of labels int64 [n], or of all labels by turns."""

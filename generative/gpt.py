@@ -133,10 +133,18 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool = True):
         super().__init__()
         self.before, self.attention = nn.LayerNorm(width), Attention(width, heads, causal)
-        self.between, self.grow, self.shrink = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.between, self.grow, self.shrink = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(
-        self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, kept: Kept | None = None, seen: Tensor | None = None
+        self,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor] | None = None,
+        kept: Kept | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         x = x + self.attention(self.before(x), turns, kept, seen)
         return x + self.shrink(F.gelu(self.grow(self.between(x)), approximate="tanh"))
@@ -155,7 +163,11 @@ class Attention(nn.Module):
         return (turned(q, turns), turned(k, turns), v) if turns is not None else (q, k, v)
 
     def forward(
-        self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, kept: Kept | None = None, seen: Tensor | None = None
+        self,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor] | None = None,
+        kept: Kept | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         q, k, v = self._split(x, turns)
         start = 0
@@ -166,7 +178,9 @@ class Attention(nn.Module):
         mask = None if seen is None else seen[:, None, None]
         if self.causal and start and x.shape[1] > 1:  # several places at once, behind others
             mask = _sees(x.shape[1], k.shape[2], x.device)
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal and not start and x.shape[1] > 1)
+        found = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=self.causal and not start and x.shape[1] > 1
+        )
         return self.out(found.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, turns: tuple[Tensor, Tensor] | None, seen: Tensor | None = None) -> Tensor:
@@ -233,7 +247,9 @@ def read_gpt2(folder: str | Path) -> GPT:
     try:
         card = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "model.safetensors")
-        tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8") if (folder / "tokenizer.json").exists() else ""
+        tokenizer = (
+            (folder / "tokenizer.json").read_text(encoding="utf-8") if (folder / "tokenizer.json").exists() else ""
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"'{folder}' holds no GPT-2 that can be read: {error}") from error
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}

@@ -168,7 +168,9 @@ def lesson_report(run: Run, subtitle: str, samples: str | Path | None = None) ->
     lines = run.metrics("fit")
     if lines:
         page.section("Training")
-        for key in dict.fromkeys(key for line in lines for key in line if key not in ("time", "stage", "step", "total", "lr")):
+        for key in dict.fromkeys(
+            key for line in lines for key in line if key not in ("time", "stage", "step", "total", "lr")
+        ):
             kept = [line for line in lines if key in line]
             page.chart({key: ([line["step"] for line in kept], [line[key] for line in kept])}, title=key, xlabel="step")
     page.section("Conditions")

@@ -89,7 +89,9 @@ class GenerativeModel(nn.Module, ABC):
 
         card = {"kind": self.kind, "config": to_dict(self.config), "space": to_dict(self.space)}
         (folder / CARD).write_bytes(json_bytes(card))
-        save_file({key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}, folder / WEIGHTS)
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}, folder / WEIGHTS
+        )
 
 
 def read_model(folder: Path) -> GenerativeModel:

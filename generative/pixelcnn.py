@@ -213,5 +213,7 @@ def logistic_log_prob(parameters: Tensor, values: Tensor, levels: int) -> Tensor
     upper, lower = (x - means + half) * inverse, (x - means - half) * inverse
     inside = torch.log((torch.sigmoid(upper) - torch.sigmoid(lower)).clamp(min=1e-12))
     value = values[..., None]
-    log_prob = torch.where(value == 0, F.logsigmoid(upper), torch.where(value == levels - 1, F.logsigmoid(-lower), inside))
+    log_prob = torch.where(
+        value == 0, F.logsigmoid(upper), torch.where(value == levels - 1, F.logsigmoid(-lower), inside)
+    )
     return torch.logsumexp(logits.log_softmax(-1) + log_prob, -1)

@@ -11,6 +11,7 @@ ffjord-moons                 a flow in continuous time on two moons
 glow-digits                  a flow on several scales on digits
 gpt-captions                 a causal transformer on captions of scenes
 gru-captions, lstm-captions  recurrent models on captions of scenes
+ncsn-digits, ncsn-moons      score matching, sampled by Langevin dynamics
 pixelcnn-digits              pixel after pixel, by a softmax; pixelcnn-logistic-digits by a mixture of logistic distributions
 rbm-digits                   a restricted Boltzmann machine on digits
 realnvp-moons                a flow of affine couplings on two moons
@@ -34,6 +35,7 @@ from .ffjord import FFJORD, FFJORDConfig
 from .gan import GAN, GANConfig
 from .glow import Glow, GlowConfig
 from .gpt import GPT, GPTConfig
+from .ncsn import NCSN, NCSNConfig
 from .pixelcnn import PixelCNN, PixelCNNConfig
 from .rbm import RBM, RBMConfig
 from .realnvp import RealNVP, RealNVPConfig
@@ -67,9 +69,7 @@ def realnvp_moons() -> Any:
 
 
 def ffjord_moons() -> Any:
-    return _run(
-        FFJORD, FFJORDConfig(), MOONS, 10_000, steps=6000, batch_size=256, lr=3e-3, ema=0.99, precision="fp32"
-    )
+    return _run(FFJORD, FFJORDConfig(), MOONS, 10_000, steps=6000, batch_size=256, lr=3e-3, ema=0.99, precision="fp32")
 
 
 def glow_digits() -> Any:
@@ -179,6 +179,14 @@ def beta_vae_scenes() -> Any:
 
 def ddpm_digits() -> Any:
     return _run(DDPM, DDPMConfig(conditional=True), DIGITS, steps=6000, lr=2e-3, ema=0.998)
+
+
+def ncsn_digits() -> Any:
+    return _run(NCSN, NCSNConfig(first=8.0, levels=24), DIGITS, steps=6000, lr=2e-3, ema=0.998)
+
+
+def ncsn_moons() -> Any:
+    return _run(NCSN, NCSNConfig(), MOONS, steps=6000, batch_size=256, lr=2e-3, ema=0.995, precision="fp32")
 
 
 # Classifiers ----------------------------------------------------------------------------------------------------------

@@ -54,7 +54,9 @@ class RBM(GenerativeModel):
         space.require("pictures", self.kind)
         self.weight = nn.Parameter(0.01 * torch.randn(space.dims, config.hidden))
         self.visible, self.hidden = nn.Parameter(torch.zeros(space.dims)), nn.Parameter(torch.zeros(config.hidden))
-        self.register_buffer("chains", torch.zeros(config.chains, space.dims))  # part of the state: training goes on with them
+        self.register_buffer(
+            "chains", torch.zeros(config.chains, space.dims)
+        )  # part of the state: training goes on with them
 
     def shares(self, x: Tensor) -> Tensor:
         """Pictures uint8 [B, H, W, C] as shares of the highest level, float32 [B, D]."""

@@ -1,6 +1,6 @@
 """Configs of this package's runs: which model learns which data, and how it is measured.
 
-    RealNVPRun = run_of(RealNVP)                  # its config class: seed, data, model, training, checks
+RealNVPRun = run_of(RealNVP)                  # its config class: seed, data, model, training, checks
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from oneira.platform.errors import UsageError
+
+from .classifier import Classifier
 from .datasets import DataConfig, Dataset, Rows, batches, first_rows, load_data
 from .learning import learn, lesson_report, seed_of, smoke_of
 from .models import CARD, GenerativeModel, load_model
@@ -23,7 +26,8 @@ SHOWN = 64  # samples of a report
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRun:
-    """One generative model on one data set. checks: rows of each score, at most.
+    """One generative model on one data set. checks: rows of each score, at most. classifier: a trained run of a classifier of
+    these data, in whose features samples are scored as well; "" = none.
 
     The class of a family's runs, which `run_of` makes, has a field `model` of the family's own `Config` more.
     """
@@ -34,6 +38,7 @@ class ModelRun:
     data: DataConfig
     training: TrainSettings
     checks: int = 2000
+    classifier: str = ""
 
     def smoke(self) -> Any:
         training = smoke_of(self.training)
@@ -60,7 +65,19 @@ class ModelRun:
         return mean_nats(model, first_rows(self.dataset(), "validation", self.checks))
 
     def score(self, model: GenerativeModel) -> dict[str, float]:
-        return score_model(model, self.dataset(), self.checks)
+        return score_model(
+            model, self.dataset(), self.checks, load_classifier(self.classifier) if self.classifier else None
+        )
+
+
+def load_classifier(name: str) -> Classifier:
+    """The classifier of a run. Raises UsageError where the name is another model's."""
+    model = load_model(name)
+    if not isinstance(model, Classifier):
+        raise UsageError(
+            f"'{name}' is a model of kind '{model.kind}'; a classifier is needed, such as a run of cnn-digits."
+        )
+    return model
 
 
 _data_of = functools.lru_cache(maxsize=2)(load_data)

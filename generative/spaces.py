@@ -113,7 +113,9 @@ def check_format(path: Path, space: Space) -> None:
     """Raises UsageError, before any work, for a file that samples of this space are not written to."""
     allowed = FORMATS[space.kind]
     if path.suffix.lower() not in allowed:
-        raise UsageError(f"'{path}' is of no kind that {space.kind} are written to. {did_you_mean(path.suffix, allowed)}")
+        raise UsageError(
+            f"'{path}' is of no kind that {space.kind} are written to. {did_you_mean(path.suffix, allowed)}"
+        )
     if not path.absolute().parent.is_dir():
         raise UsageError(f"There is no folder '{path.absolute().parent}'.")
 

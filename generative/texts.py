@@ -85,7 +85,9 @@ class TextModel(GenerativeModel):
         reader = self.space.reader()
         given = [[self.first_token, *encoding.ids] for encoding in reader.encode_batch(list(beginnings))]
         if given and max(map(len, given)) >= self.longest:
-            raise UsageError(f"A beginning has {max(map(len, given)) - 1} tokens; at most {self.longest - 2} leave room.")
+            raise UsageError(
+                f"A beginning has {max(map(len, given)) - 1} tokens; at most {self.longest - 2} leave room."
+            )
         texts = [""] * len(given)
         for length in sorted({len(tokens) for tokens in given}):  # texts that begin with as many tokens go on together
             rows = [row for row, tokens in enumerate(given) if len(tokens) == length]
@@ -127,4 +129,6 @@ class TextModel(GenerativeModel):
         """Every token of a text, and how probable it was after those before, in nats."""
         tokens, reader = self.tokens_of(text), self.space.reader()
         found = self.logits(tokens[:, :-1]).float().log_softmax(-1)[0].gather(1, tokens[0, 1:, None])[:, 0]
-        return [(reader.decode([token]), value) for token, value in zip(tokens[0, 1:].tolist(), found.tolist(), strict=True)]
+        return [
+            (reader.decode([token]), value) for token, value in zip(tokens[0, 1:].tolist(), found.tolist(), strict=True)
+        ]

@@ -43,9 +43,7 @@ class Adversarial(Protocol):
 
     players: tuple[str, ...]
 
-    def player_loss(
-        self, player: str, batch: Any, generator: torch.Generator
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def player_loss(self, player: str, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """What this player minimises, and named scalars to log."""
         ...
 

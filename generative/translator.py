@@ -94,7 +94,9 @@ class Translator(GenerativeModel):
         reader, longest = self.space.reader(), self.space.shape[0]
         read = self.read(torch.from_numpy(token_rows(reader, list(sources), longest)).to(self.device))
         size = len(sources), self.config.heads, longest, self.config.width // self.config.heads
-        state = [Kept(torch.empty(size, device=self.device), torch.empty(size, device=self.device)) for _ in self.writers]
+        state = [
+            Kept(torch.empty(size, device=self.device), torch.empty(size, device=self.device)) for _ in self.writers
+        ]
         uniform = torch.rand(len(sources), longest, generator=self.generator(seed), device=self.device)
         written = torch.full((len(sources), 1), BEGIN, device=self.device)
         alive = torch.ones(len(sources), dtype=torch.bool, device=self.device)

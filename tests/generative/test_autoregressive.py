@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from oneira.generative.choosing import draw, narrowed
-from oneira.generative.datasets import Arrays, DataConfig, batches, first_rows, learn_tokens, load_data, text_space, token_rows
+from oneira.generative.datasets import (
+    Arrays,
+    DataConfig,
+    batches,
+    first_rows,
+    learn_tokens,
+    load_data,
+    text_space,
+    token_rows,
+)
 from oneira.generative.pixelcnn import PixelCNN, PixelCNNConfig, logistic_log_prob
 from oneira.generative.recurrent import Recurrent, RecurrentConfig
 from oneira.generative.spaces import Space
@@ -36,7 +45,9 @@ LOGITS = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     ],
 )
 def test_narrowing_by_hand(settings, shares):
-    assert torch.allclose(narrowed(LOGITS, **settings).softmax(-1), torch.tensor(shares, dtype=torch.float32), atol=1e-6)
+    assert torch.allclose(
+        narrowed(LOGITS, **settings).softmax(-1), torch.tensor(shares, dtype=torch.float32), atol=1e-6
+    )
 
 
 def test_equal_scores_are_cut_at_k():
@@ -135,7 +146,9 @@ def verses():
 def taught(request, verses):
     torch.manual_seed(0)
     model = Recurrent(RecurrentConfig(cell=request.param, width=48, layers=2), verses.space)
-    return fit(model, batches(verses, 32, 0), TrainSettings(steps=180, batch_size=32, lr=1e-2, warmup=10, precision="fp32"))
+    return fit(
+        model, batches(verses, 32, 0), TrainSettings(steps=180, batch_size=32, lr=1e-2, warmup=10, precision="fp32")
+    )
 
 
 def test_tokenizer_keeps_every_text(verses):
@@ -152,7 +165,9 @@ def test_a_text_model_learns_its_texts(taught):
 
 def test_completion_goes_on_from_the_beginning(taught):
     texts = taught.complete(["the blue ", "the red dog", ""], 0, top_p=0.9)
-    assert [text.startswith(start) for text, start in zip(texts, ["the blue ", "the red dog", ""], strict=True)] == [True] * 3
+    assert [text.startswith(start) for text, start in zip(texts, ["the blue ", "the red dog", ""], strict=True)] == [
+        True
+    ] * 3
     assert texts[1] == "the red dog sleeps"
     assert taught.complete(["the blue "], 0, top_p=0.9) == texts[:1], "a text's draws do not depend on the other texts"
     with pytest.raises(UsageError, match="tokens"):

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from oneira.generative.datasets import SPLITS, Arrays, DataConfig, batches, first_rows, learn_tokens, load_data, token_rows
+from oneira.generative.datasets import (
+    SPLITS,
+    Arrays,
+    DataConfig,
+    batches,
+    first_rows,
+    learn_tokens,
+    load_data,
+    token_rows,
+)
 from oneira.generative.spaces import BEGIN, END, PAD, Space, check_format, scatter, sheet, visible, write_samples
 from oneira.platform.errors import ConfigError, DataError, UsageError
 
@@ -82,7 +91,9 @@ def test_texts(tmp_path):
     reader = data.space.reader()
     every = np.concatenate([first_rows(data, split, 1000)["x"] for split in SPLITS])
     assert every.shape[1] == 10 and every.max() < data.space.levels <= 300
-    whole = sum(len(ids.ids) + 2 for ids in reader.encode_batch(["a rose is a rose is a rose. " * 40, "über Röslein rot " * 40]))
+    whole = sum(
+        len(ids.ids) + 2 for ids in reader.encode_batch(["a rose is a rose is a rose. " * 40, "über Röslein rot " * 40])
+    )
     assert len(every) == whole // 10 and (every == BEGIN).sum() == 2
     with pytest.raises(DataError, match="no text"):
         (tmp_path / "empty").mkdir()
@@ -96,7 +107,10 @@ def test_token_rows_by_hand():
     tokenizer = learn_tokens(["ab"], 300)
     a, b = tokenizer.encode("a").ids[0], tokenizer.encode("b").ids[0]
     assert a != b and (PAD, BEGIN, END) == (0, 1, 2)
-    assert token_rows(tokenizer, ["a", "a b a b", ""], 4)[[0, 2]].tolist() == [[BEGIN, a, END, PAD], [BEGIN, END, PAD, PAD]]
+    assert token_rows(tokenizer, ["a", "a b a b", ""], 4)[[0, 2]].tolist() == [
+        [BEGIN, a, END, PAD],
+        [BEGIN, END, PAD, PAD],
+    ]
 
 
 @pytest.mark.parametrize(

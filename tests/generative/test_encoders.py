@@ -51,7 +51,10 @@ def test_the_encoder_learns_to_fill_in(pairs):
     known[:, 1] = False
     filled = model.complete(x, known, 0)
     assert torch.equal(filled[known], x[known])
-    words = {pairs.space.reader().decode(row.tolist()).split()[0] for row in model.complete(x.repeat(20, 1), known.repeat(20, 1), 0)}
+    words = {
+        pairs.space.reader().decode(row.tolist()).split()[0]
+        for row in model.complete(x.repeat(20, 1), known.repeat(20, 1), 0)
+    }
     assert len(words & set(WORDS)) >= 3 and len(words - set(WORDS)) <= 1, words
 
 

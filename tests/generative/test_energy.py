@@ -11,6 +11,7 @@ from torch import nn
 
 from oneira.generative.datasets import DataConfig, batches, first_rows, load_data
 from oneira.generative.ebm import EBM, EBMConfig, auroc
+from oneira.generative.ncsn import NCSN, NCSNConfig
 from oneira.generative.rbm import RBM, RBMConfig
 from oneira.generative.spaces import Space
 from oneira.generative.training import TrainSettings, fit
@@ -70,7 +71,9 @@ def test_pseudo_likelihood_by_hand():
     total = []
     for row in v:
         number = int(row @ (2.0 ** torch.arange(6)))
-        total.append(sum(float(log_p[number] - torch.logaddexp(log_p[number], log_p[number ^ (1 << i)])) for i in range(6)))
+        total.append(
+            sum(float(log_p[number] - torch.logaddexp(log_p[number], log_p[number ^ (1 << i)])) for i in range(6))
+        )
     assert model.pseudo_log_likelihood(v).tolist() == pytest.approx(total, abs=1e-4)
 
 
@@ -113,7 +116,13 @@ def test_chains_survive_a_kill(digits, tmp_path):
 
         model = RBM(RBMConfig(hidden=8, chains=16), digits.space)
         try:
-            return fit(model, batches(digits, 16, 0), rbm_settings(steps=12, save_every=4, log_every=1), checkpoints=checkpoints, log=log)
+            return fit(
+                model,
+                batches(digits, 16, 0),
+                rbm_settings(steps=12, save_every=4, log_every=1),
+                checkpoints=checkpoints,
+                log=log,
+            )
         except KeyboardInterrupt:
             return None
 
@@ -155,6 +164,31 @@ def test_ebm_learns_two_moons(moons):
     assert found > 0.75, found  # inside the box around the moons; nothing known is 0.5
     drawn = model.sample(500, 0)
     assert (drawn.mean(0) - true.mean(0)).abs().max() < 0.35
+
+
+def test_score_by_hand():
+    # All data at 0: with noise sigma the slope of log p is -x / sigma^2, and the best guess of -noise is -x / sigma.
+    model = NCSN(NCSNConfig(width=8), Space(kind="points", shape=(2,)))
+    model._noise_said = lambda x, level: -x / model.sigmas[level][:, None]
+    batch = {"x": torch.zeros(50, 2)}
+    assert model.loss(batch, generator())[0].item() < 1e-10
+    x = torch.tensor([[1.0, -2.0]])
+    assert torch.allclose(model.score(x, 3), -x / model.sigmas[3] ** 2)
+    assert model.sigmas[[0, -1]].tolist() == pytest.approx([3.0, 0.05]) and (model.sigmas.diff() < 0).all()
+    assert model.sample(200, 0).norm(dim=1).max() < 1e-3, "the last step takes the rest of the noise away"
+
+
+def test_ncsn_learns_two_moons(moons):
+    torch.manual_seed(0)
+    model = NCSN(NCSNConfig(width=32, levels=8, steps=6), moons.space)
+    fit(
+        model,
+        batches(moons, 256, 0),
+        TrainSettings(steps=400, batch_size=256, lr=5e-3, warmup=20, ema=0.98, precision="fp32"),
+    )
+    true, drawn = torch.as_tensor(first_rows(moons, "test", 400)["x"]), model.sample(400, 0)
+    off = torch.cdist(drawn, true).amin(1)
+    assert off.median() < 0.12 and (drawn.std(0) / true.std(0) - 1).abs().max() < 0.2, off.median()
 
 
 def test_the_alarm_ends_what_falls_apart(moons):

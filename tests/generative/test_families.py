@@ -22,6 +22,7 @@ from oneira.generative.ffjord import FFJORD, FFJORDConfig
 from oneira.generative.gan import GAN, GANConfig
 from oneira.generative.glow import Glow, GlowConfig
 from oneira.generative.gpt import GPT, GPTConfig
+from oneira.generative.ncsn import NCSN, NCSNConfig
 from oneira.generative.pixelcnn import PixelCNN, PixelCNNConfig
 from oneira.generative.rbm import RBM, RBMConfig
 from oneira.generative.realnvp import RealNVP, RealNVPConfig
@@ -33,7 +34,10 @@ from oneira.platform.presets import find_entry_points
 SMALL: dict[str, tuple[Callable, str]] = {
     # name: (space -> model, data set)
     "autoencoder": (lambda space: Autoencoder(AutoencoderConfig(z=4, width=4), space), "digits"),
-    "autoencoder-denoising": (lambda space: Autoencoder(AutoencoderConfig(objective="denoising", z=4, width=4), space), "digits"),
+    "autoencoder-denoising": (
+        lambda space: Autoencoder(AutoencoderConfig(objective="denoising", z=4, width=4), space),
+        "digits",
+    ),
     "classifier-cnn": (lambda space: Classifier(ClassifierConfig(width=8), space), "digits"),
     "classifier-mlp": (lambda space: Classifier(ClassifierConfig(body="mlp", width=8), space), "digits"),
     "ddpm": (lambda space: DDPM(DDPMConfig(widths=(8, 16), steps=4), space), "digits"),
@@ -48,7 +52,12 @@ SMALL: dict[str, tuple[Callable, str]] = {
     "glow": (lambda space: Glow(GlowConfig(steps=2, width=8), space), "digits"),
     "gpt-learned": (lambda space: GPT(GPTConfig(width=16, layers=2, heads=2), space), "verses"),
     "gpt-rotary": (lambda space: GPT(GPTConfig(width=16, layers=1, heads=2, positions="rotary"), space), "verses"),
-    "gpt-sinusoidal": (lambda space: GPT(GPTConfig(width=16, layers=1, heads=2, positions="sinusoidal"), space), "verses"),
+    "gpt-sinusoidal": (
+        lambda space: GPT(GPTConfig(width=16, layers=1, heads=2, positions="sinusoidal"), space),
+        "verses",
+    ),
+    "ncsn-pictures": (lambda space: NCSN(NCSNConfig(width=8, levels=3, steps=1), space), "digits"),
+    "ncsn-points": (lambda space: NCSN(NCSNConfig(width=8, levels=3, steps=1), space), "many moons"),
     "pixelcnn": (lambda space: PixelCNN(PixelCNNConfig(width=8, blocks=1), space), "digits"),
     "pixelcnn-logistic": (lambda space: PixelCNN(PixelCNNConfig(head="logistic", width=8, blocks=1), space), "digits"),
     "pixelcnn-colour": (lambda space: PixelCNN(PixelCNNConfig(width=12, blocks=1), space), "colours"),
@@ -69,7 +78,9 @@ def colours():
 
 
 def verses():
-    documents = [f"the {colour} {shape} sleeps" for colour in ("red", "green", "blue") for shape in ("dog", "cat", "owl", "fish")]
+    documents = [
+        f"the {colour} {shape} sleeps" for colour in ("red", "green", "blue") for shape in ("dog", "cat", "owl", "fish")
+    ]
     tokenizer = learn_tokens(documents, 300)
     return Arrays.divide(text_space(tokenizer, 12), {"x": token_rows(tokenizer, documents, 12)})
 
@@ -92,9 +103,11 @@ EVERY = pytest.mark.parametrize("name", SMALL)
 
 def make(name, seed=0):
     build, data = SMALL[name]
-    dataset = DATA[data]()
+    dataset = DATA[data.removeprefix("many ")]()
     torch.manual_seed(seed)
-    return build(dataset.space).eval(), {k: torch.as_tensor(v) for k, v in first_rows(dataset, "train", 6).items()}
+    return build(dataset.space).eval(), {
+        k: torch.as_tensor(v) for k, v in first_rows(dataset, "train", 24 if data.startswith("many") else 6).items()
+    }
 
 
 @EVERY

@@ -139,7 +139,9 @@ def vae(bars):
 def test_the_vae_learns_and_its_bound_is_one(vae, bars):
     x = rows(bars, 40)["x"]
     bound = float(vae.log_prob(x).mean())
-    assert -16 * math.log(4) < bound < -math.log(8) + 0.2, bound  # eight bars are equally frequent: no model can do better
+    assert -16 * math.log(4) < bound < -math.log(8) + 0.2, (
+        bound
+    )  # eight bars are equally frequent: no model can do better
     assert bound > -8
     upright, lying = stands(vae.sample(200, 0))
     assert (upright | lying).mean() > 0.5
@@ -204,7 +206,9 @@ def test_diffusion_learns_and_is_guided(ddpm):
 
 
 def test_a_picture_depends_on_its_place_only(ddpm):
-    assert torch.equal(ddpm.sample(2, 3, labels=torch.tensor([1, 0])), ddpm.sample(4, 3, labels=torch.tensor([1, 0, 1, 0]))[:2])
+    assert torch.equal(
+        ddpm.sample(2, 3, labels=torch.tensor([1, 0])), ddpm.sample(4, 3, labels=torch.tensor([1, 0, 1, 0]))[:2]
+    )
 
 
 def test_what_is_known_stays(ddpm, bars):

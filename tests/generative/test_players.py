@@ -64,7 +64,9 @@ def test_only_the_player_of_a_step_learns():
 def test_players_have_optimizers_of_their_own():
     # By hand: one Adam for each player, stepped at its turns only.
     model, other = Duel(), Duel()
-    settings = TrainSettings(steps=9, batch_size=8, lr=1e-2, beta1=0.5, clip=0, warmup=0, final_lr_fraction=1.0, precision="fp32")
+    settings = TrainSettings(
+        steps=9, batch_size=8, lr=1e-2, beta1=0.5, clip=0, warmup=0, final_lr_fraction=1.0, precision="fp32"
+    )
     fit(model, batch_at, settings)
     optimizers = {
         player: torch.optim.AdamW(getattr(other, player).parameters(), lr=1e-2, betas=(0.5, 0.999), weight_decay=0.0)
@@ -125,7 +127,13 @@ def distance(model):
 def test_training_stops_where_validation_was_best(ema):
     steps = []
     settings = TrainSettings(**{**vars(EARLY), "ema": ema})
-    model = fit(Fit(), lambda step: torch.zeros(1), settings, validate=distance, log=lambda step, **v: steps.append((step, v["validation"])))
+    model = fit(
+        Fit(),
+        lambda step: torch.zeros(1),
+        settings,
+        validate=distance,
+        log=lambda step, **v: steps.append((step, v["validation"])),
+    )
     best = min(steps, key=lambda pair: pair[1])
     assert steps[-1][0] == best[0] + 15 < 200, "three validations after the best one"
     assert distance(model) == pytest.approx(best[1]) and best[1] < 0.15
@@ -164,6 +172,8 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path):
     settings = TrainSettings(steps=4, batch_size=1, save_every=2, precision="fp32")
     fit(Fit(), lambda step: torch.zeros(1), settings, checkpoints=checkpoints)
     kept = checkpoints.load("training")
-    old = {key: value for key, value in kept.meta["settings"].items() if key not in ("beta1", "patience", "validate_every")}
+    old = {
+        key: value for key, value in kept.meta["settings"].items() if key not in ("beta1", "patience", "validate_every")
+    }
     checkpoints.save("training", kept.tensors, {"settings": old}, step=kept.step)
     assert fit(Fit(), lambda step: torch.zeros(1), settings, checkpoints=checkpoints).w == kept.tensors["model.w"]

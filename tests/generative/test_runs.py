@@ -38,7 +38,9 @@ SMALL = {
     "rbm-digits": RBMConfig(hidden=8, chains=8, sweeps=5),  # a buffer that goes on
 }
 EVERY = pytest.mark.parametrize("preset", SMALL)
-OURS = [name for name, point in find_entry_points("oneira.presets").items() if point.value.startswith("oneira.generative.")]
+OURS = [
+    name for name, point in find_entry_points("oneira.presets").items() if point.value.startswith("oneira.generative.")
+]
 
 
 def start(folder, preset):
@@ -48,7 +50,12 @@ def start(folder, preset):
 
 
 def fingerprint(run):
-    files = sorted(file for part in ("checkpoints", "model", "evaluations") for file in (run.path / part).rglob("*") if file.is_file())
+    files = sorted(
+        file
+        for part in ("checkpoints", "model", "evaluations")
+        for file in (run.path / part).rglob("*")
+        if file.is_file()
+    )
     return {str(file.relative_to(run.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -154,9 +161,15 @@ def test_runs_are_compared(whole, command, tmp_path):
     done = command("compare", *names, "--out", tmp_path / "page.html")
     assert done.exit_code == 0, done.output
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/png") == 4 and all(word in page for word in ("log_likelihood", "bits_per_dim", "frechet"))
+    assert page.count("data:image/png") == 4 and all(
+        word in page for word in ("log_likelihood", "bits_per_dim", "frechet")
+    )
     row = describe_run(names[0])
-    assert row["samples_per_s"] > 0 and row["training_s"] > 0 and row["parameters"] == sum(p.numel() for p in load_model(names[0]).parameters())
+    assert (
+        row["samples_per_s"] > 0
+        and row["training_s"] > 0
+        and row["parameters"] == sum(p.numel() for p in load_model(names[0]).parameters())
+    )
     other = Run.create(tmp_path / "other", "carracing-quick", load_preset("carracing-quick"))
     with pytest.raises(DataError, match="no generative model"):
         describe_run(str(other.path))

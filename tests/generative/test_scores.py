@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.datasets import Arrays
 from oneira.generative.models import GenerativeModel
 from oneira.generative.scores import (
+    classifier_scores,
     coverage,
     frechet_distance,
     kernel_distance,
@@ -20,6 +23,7 @@ from oneira.generative.scores import (
     score_model,
 )
 from oneira.generative.spaces import Space
+from oneira.platform.errors import UsageError
 
 RNG = np.random.default_rng(0)
 
@@ -57,8 +61,40 @@ def test_scores_tell_apart_what_they_should():
     narrow, off = 0.1 * RNG.normal(size=(400, 2)), RNG.normal(size=(400, 2)) + 3
     best, few, far = (sample_scores(true, drawn) for drawn in (good, narrow, off))
     assert best["coverage"] > 0.8 and best["precision"] > 0.8 and best["recall"] > 0.8
-    assert few["precision"] > 0.9 and few["recall"] < 0.1 and few["coverage"] < 0.4, "one mode only: precise, without range"
-    assert far["precision"] < 0.3 and far["frechet"] > 10 > 0.2 > best["frechet"] and far["kernel"] > 10 * abs(best["kernel"])
+    assert few["precision"] > 0.9 and few["recall"] < 0.1 and few["coverage"] < 0.4, (
+        "one mode only: precise, without range"
+    )
+    assert (
+        far["precision"] < 0.3
+        and far["frechet"] > 10 > 0.2 > best["frechet"]
+        and far["kernel"] > 10 * abs(best["kernel"])
+    )
+
+
+def test_a_classifier_sees_whether_labels_are_obeyed():
+    space = Space(kind="pictures", shape=(4, 4, 1), levels=2, classes=2)
+    x = np.zeros((60, 4, 4, 1), np.uint8)
+    x[::2, :2], x[1::2, 2:] = 1, 1  # label 0: the upper half
+    x[np.arange(60), RNG.integers(0, 4, 60), RNG.integers(0, 4, 60)] ^= 1  # not all alike
+
+    class Reads(Classifier):
+        def features(self, x):
+            return torch.stack([x[:, :2].float().mean((1, 2, 3)), x[:, 2:].float().mean((1, 2, 3))], 1)
+
+        def predict(self, x):
+            return self.features(x).argmax(1)
+
+    class Repeats(Fair):
+        def sample(self, n, seed, labels=None):
+            return torch.as_tensor(x)[torch.arange(n) if labels is None else labels]
+
+    reads, model = Reads(ClassifierConfig(width=2), space), Repeats(SimpleNamespace(conditional=True), space)
+    scores = classifier_scores(model, x, reads)
+    assert scores["obeyed"] == 1.0 and scores["feature_frechet"] < 0.1
+    plain = classifier_scores(Repeats(SimpleNamespace(), space), x, reads)
+    assert "obeyed" not in plain and plain["feature_coverage"] == 1.0
+    with pytest.raises(UsageError, match="reads pictures"):
+        classifier_scores(Repeats(None, Space(kind="pictures", shape=(2, 2, 1), levels=2)), x, reads)
 
 
 class Fair(GenerativeModel):
@@ -79,6 +115,10 @@ def test_likelihoods_in_their_customary_units():
     rows = {"x": np.zeros((6, 2, 2, 1), np.uint8)}
     assert likelihood_scores(Fair(None, pictures), rows) == {"bits_per_dim": pytest.approx(4)}
     tokens = {"x": np.array([[1, 5, 2, 0], [1, 5, 5, 2]])}
-    assert likelihood_scores(Fair(None, Space(kind="text", shape=(4,), levels=50)), tokens) == {"perplexity": pytest.approx(50)}
+    assert likelihood_scores(Fair(None, Space(kind="text", shape=(4,), levels=50)), tokens) == {
+        "perplexity": pytest.approx(50)
+    }
     data = Arrays.divide(pictures, {"x": np.zeros((40, 2, 2, 1), np.uint8)})
-    assert score_model(Fair(None, pictures), data, 10) == {"bits_per_dim": pytest.approx(4)}, "it cannot be sampled from"
+    assert score_model(Fair(None, pictures), data, 10) == {"bits_per_dim": pytest.approx(4)}, (
+        "it cannot be sampled from"
+    )
