@@ -80,12 +80,15 @@ class FFJORD(Flow):
         return nats + self.config.kinetic * kinetic.mean(), self._as_bits(nats.detach())
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        learning = torch.is_grad_enabled()
+
         def motion(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             with torch.enable_grad():
                 y = state[0] if state[0].requires_grad else state[0].detach().requires_grad_()
                 velocity = self.field(t, y)
                 rows = [
-                    torch.autograd.grad(velocity[:, i].sum(), y, create_graph=True)[0][:, i] for i in range(y.shape[1])
+                    torch.autograd.grad(velocity[:, i].sum(), y, create_graph=learning, retain_graph=True)[0][:, i]
+                    for i in range(y.shape[1])
                 ]
             return velocity, torch.stack(rows, 1).sum(1)
 
