@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from oneira.platform.errors import ConfigError, UsageError, did_you_mean
 from .flows import arc
 from .models import GenerativeModel
 from .pixelcnn import logistic_log_prob
-from .spaces import Space
+from .spaces import Space, scatter, sheet, visible
 
 OBJECTIVES = ("plain", "denoising")
 
@@ -130,6 +131,21 @@ class _Codes(GenerativeModel):
         z = z - z.mean(0)
         axes = torch.linalg.svd(z, full_matrices=False).Vh[:2]
         return z @ axes.T
+
+    def pictures(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        x, levels = batch["x"][:16].cpu(), self.space.levels
+        pairs = torch.cat([x[:8], self.decode(self.encode(x[:8])).cpu()])
+        lines = torch.cat([self.traverse(x[0], dim, torch.linspace(-3, 3, 8)) for dim in range(min(8, self.config.z))])
+        morphs = torch.cat([self.interpolate(x[i], x[i + 8], 8) for i in range(4)]) if len(x) == 16 else x[:0]
+        found = {
+            "true pictures, and what is left of them in z": pairs,
+            "one number of z a row, from -3 to 3": lines,
+            "morphs": morphs,
+        }
+        shown = {name: sheet(visible(rows.cpu(), levels), 8) for name, rows in found.items() if len(rows)}
+        points = self.latent_map(batch["x"]).cpu().numpy()
+        labels = batch["y"].cpu().numpy() if "y" in batch else None
+        return shown | {"z of test pictures, a colour a label": scatter(points / points.std() * 1.2, labels=labels)}
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """reconstruction: the root of the mean squared error of pixels in [0, 1]."""

@@ -66,7 +66,7 @@ def _shaken(model: GenerativeModel) -> GenerativeModel:
     model = copy.deepcopy(model).eval()
     generator = model.generator(12345)
     for parameter in model.parameters():
-        parameter += 0.02 * torch.randn(parameter.shape, generator=generator, device=parameter.device)
+        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator, device=parameter.device))
     return model
 
 

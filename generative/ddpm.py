@@ -28,7 +28,7 @@ from .diffusion import Network, Prediction, Row, Sampler, Schedule, advance, pla
 from .flows import arc
 from .gpt import sines
 from .models import GenerativeModel
-from .spaces import Space
+from .spaces import Space, sheet, visible
 
 LEFT_OUT = 0.1  # the share of rows whose label is left out in training
 INVERSION = 50  # steps of `encode`
@@ -191,6 +191,21 @@ class DDPM(GenerativeModel):
         """`count` pictures between a [H, W, C] and b, nearly these at the ends: along the arc between their noises."""
         z = self.encode(torch.stack([a, b]))
         return self.decode(arc(z[0], z[1], count))
+
+    def pictures(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        x, levels = batch["x"][:8].cpu(), self.space.levels
+        if len(x) < 8:
+            return {}
+        known = torch.zeros(self.space.shape, dtype=torch.bool)
+        known[: self.space.shape[0] // 2] = True
+        painted = self.complete(x, known, 0).cpu()
+        ways = torch.cat([self.interpolate(x[i], x[i + 4], 8).cpu() for i in range(4)])
+        return {
+            "true pictures, and the same with their lower half painted in": sheet(
+                visible(torch.cat([x, painted]), levels), 8
+            ),
+            "between two pictures, along the arc of their noises": sheet(visible(ways, levels), 8),
+        }
 
 
 class UNet(nn.Module):

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from oneira.platform.errors import ConfigError, UsageError
 
 from .choosing import draw, narrowed
-from .gpt import Block, sines
+from .gpt import Block, attention_sheet, sines
 from .models import GenerativeModel
 from .spaces import PAD, Space
 
@@ -57,7 +59,7 @@ class Encoder(GenerativeModel):
         self.hiding = space.levels  # the number of the token that hides others
         self.embedding = nn.Embedding(space.levels + 1, config.width)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.layers))
+        self.blocks: Any = nn.ModuleList(Block(config.width, config.heads, causal=False) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.say = nn.Linear(config.width, space.levels)
 
@@ -118,6 +120,9 @@ class Encoder(GenerativeModel):
             maps.append(block.attention.weights(block.before(x), None, seen))
             x = block(x, seen=seen)
         return torch.stack(maps)
+
+    def pictures(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        return attention_sheet(self.attention_maps(batch["x"][:1]))
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """accuracy: how often a hidden token is said right."""

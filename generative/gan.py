@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -145,7 +144,7 @@ class GAN(GenerativeModel):
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """mode_collapse: 1.0 where the samples lie near so few true rows that the painter paints only some kinds."""
         true, drawn = batch["x"].cpu()[:1000], self.sample(min(1000, len(batch["x"])), 0).cpu()
-        found = coverage(*(features_of(np.asarray(rows), self.space) for rows in (true, drawn)))
+        found = coverage(features_of(true, self.space), features_of(drawn, self.space))
         return {"mode_collapse": float(found < COLLAPSED)}
 
 

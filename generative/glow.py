@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class Glow(Flow):
         height, width, channels = space.shape
         if height % 2**config.levels or width % 2**config.levels:
             raise ConfigError(f"{height}x{width} pixels cannot be halved {config.levels} times; set fewer levels.")
-        self.scales = nn.ModuleList()
+        self.scales: Any = nn.ModuleList()
         for level in range(config.levels):
             channels *= 4
             self.scales.append(nn.ModuleList(Step(channels, config.width) for _ in range(config.steps)))
@@ -195,8 +196,8 @@ class Coupling(nn.Module):
             nn.Conv2d(channels // 2, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU()
         )
         self.last = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def _terms(self, given: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = self.last(self.network(given)).float().chunk(2, 1)

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_mean
 
-from .spaces import BEGIN, END, PAD, Space
+from .spaces import BEGIN, END, PAD, Space, sheet
 from .texts import TextModel
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
@@ -74,7 +76,7 @@ class GPT(TextModel):
         self.pad, self.first_token, self.end_token = config.pad, config.first_token, config.end_token
         self.embedding = nn.Embedding(space.levels, config.width)
         self.places = nn.Embedding(space.shape[0], config.width) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        self.blocks: Any = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.apply(_initialise)
         for block in self.blocks:  # so that the sum of all layers does not grow with their number (GPT-2, section 2.3)
@@ -125,6 +127,18 @@ class GPT(TextModel):
             maps.append(block.attention.weights(block.before(x), turns))
             x = block(x, turns)
         return torch.stack(maps)
+
+    def pictures(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        return attention_sheet(self.attention_maps(batch["x"][:1].to(self.device)))
+
+
+def attention_sheet(maps: Tensor) -> dict[str, np.ndarray]:
+    """Attention maps [layers, B, N, L, L] of the first text as a picture, a layer a row."""
+    first = maps[:, 0].cpu().numpy()
+    tiles = (255 * (1 - first / first.max((-1, -2), keepdims=True))).astype(np.uint8)
+    layers, heads, places, _ = tiles.shape
+    grey = tiles.reshape(layers * heads, places, places, 1).repeat(3, -1)
+    return {"where each place (downwards) looks (dark), a layer a row, a head a column": sheet(grey, heads, gap=2)}
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -154,17 +154,19 @@ def _logger(run: Run, steps: int, batch_size: int) -> Callable[..., None]:
     return log
 
 
-def lesson_report(run: Run, subtitle: str, samples: str | Path | None = None) -> Path:
-    """Writes a run's report.html from what it holds by now (and a picture of its samples), and returns its path."""
+def lesson_report(run: Run, subtitle: str, pictures: Mapping[str, Any] | None = None) -> Path:
+    """Writes a run's report.html from what it holds by now, with pictures {caption: file or array}, and returns its path."""
     page = Report(run.name, f"{run.preset}: {subtitle}")
     page.section("Scores", "On data that was not used in training.")
     if scores_of(run).exists():
         page.tiles(json.loads(scores_of(run).read_text(encoding="utf-8")))
     else:
         page.text("This run is not trained yet: `oneira resume` goes on with it.")
-    if samples is not None:
-        page.section("Samples", "Drawn with seed 0, not chosen.")
-        page.image(samples, "samples")
+    if pictures:
+        page.section("Pictures")
+        for caption, picture in pictures.items():
+            small = isinstance(picture, np.ndarray) and picture.shape[1] <= 320
+            page.image(picture, caption, scale=max(1, 640 // picture.shape[1]) if small else 1)
     lines = run.metrics("fit")
     if lines:
         page.section("Training")

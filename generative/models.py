@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +67,10 @@ class GenerativeModel(nn.Module, ABC):
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """Scores beyond those that all models have (`scores.score_model`), of test rows batch["x"] and batch["y"]."""
+        return {}
+
+    def pictures(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """What a report shows beside samples, of test rows: {caption: uint8 [H, W, 3]}."""
         return {}
 
     @property

@@ -34,8 +34,8 @@ class NCSNConfig:
     first: float = 3.0
     last: float = 0.05
     levels: int = 16
-    steps: int = 8
-    step: float = 0.1
+    steps: int = 10
+    step: float = 0.15
 
     def __post_init__(self) -> None:
         for key, lowest in {"width": 8, "levels": 2, "steps": 1}.items():

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class PixelCNN(GenerativeModel):
         width = -(-config.width // (2 * groups)) * 2 * groups  # every group has the same share, and so has half of it
         self.numbers = space.levels if config.head == "softmax" else 3 * config.mixture
         self.first = MaskedConv(groups, width, 7, "A", groups)
-        self.blocks = nn.ModuleList(Block(width, groups) for _ in range(config.blocks))
+        self.blocks: Any = nn.ModuleList(Block(width, groups) for _ in range(config.blocks))
         self.last = MaskedConv(width, width, 1, "B", groups)
         self.out = MaskedConv(width, groups * self.numbers, 1, "B", groups)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class RealNVP(Flow):
         space.require("points", self.kind)
         if space.dims < 2:
             raise ConfigError("RealNVP needs points of at least 2 numbers: one half says what becomes of the other.")
-        self.couplings = nn.ModuleList(
+        self.couplings: Any = nn.ModuleList(
             Coupling(space.dims, i % 2, config.width, config.depth) for i in range(config.couplings)
         )
 

@@ -11,17 +11,18 @@ from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from oneira.platform.errors import UsageError
+from oneira.platform.errors import DataError, UsageError
 
 from .classifier import Classifier
 from .datasets import DataConfig, Dataset, Rows, batches, first_rows, load_data
 from .learning import learn, lesson_report, seed_of, smoke_of
 from .models import CARD, GenerativeModel, load_model
-from .scores import mean_nats, score_model
+from .scores import mean_nats, score_model, to_tensors
 from .spaces import write_samples
 from .training import TrainSettings
 
 SHOWN = 64  # samples of a report
+PICTURED = 500  # test rows that a model's own pictures are made of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class ModelRun:
 
     def report(self, run: Any) -> Path:
         subtitle = f"{self.network.kind} on {self.data.name}"
-        return lesson_report(run, subtitle, samples_picture(run) if (run.path / "model" / CARD).exists() else None)
+        return lesson_report(run, subtitle, report_pictures(run) if (run.path / "model" / CARD).exists() else {})
 
     def dataset(self) -> Dataset:
         return _data_of(self.data)
@@ -90,6 +91,17 @@ def run_of(network: type[GenerativeModel]) -> Any:
         f"{network.__name__}Run", [("model", network.Config, field(default_factory=network.Config))],
         bases=(ModelRun,), namespace={"network": network, "__module__": __name__}, frozen=True, kw_only=True,
     )  # fmt: skip
+
+
+def report_pictures(run: Any) -> dict[str, Any]:
+    """What a report shows of a trained run: its samples, and what its family shows of test rows."""
+    sampled = samples_picture(run)
+    found: dict[str, Any] = {"samples, drawn with seed 0, not chosen": sampled} if sampled else {}
+    try:
+        rows = first_rows(run.config.dataset(), "test", PICTURED)
+    except DataError:  # the user's files are no longer there; the model works without them
+        return found
+    return found | load_model(run.path).pictures(to_tensors(rows))
 
 
 def samples_picture(run: Any) -> Path | None:

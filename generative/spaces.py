@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 KINDS = ("points", "pictures", "text")
 DIMENSIONS = {"points": 1, "pictures": 3, "text": 1}
+INKS = np.array(
+    [
+        [59, 130, 196], [217, 130, 43], [63, 156, 107], [181, 84, 143], [138, 111, 209], [140, 140, 60], [200, 60, 60],
+        [60, 170, 180], [110, 110, 110], [150, 90, 50],
+    ]
+)  # fmt: skip
 PAD, BEGIN, END = 0, 1, 2  # tokens of every text model
 
 
@@ -87,13 +93,16 @@ def sheet(pictures: np.ndarray, columns: int = 0, gap: int = 1) -> np.ndarray:
     return page
 
 
-def scatter(points: np.ndarray, side: int = 320) -> np.ndarray:
-    """The first two coordinates of points [N, D] as dots, uint8 [side, side, 3]; what shows is [-3, 3] both ways."""
+def scatter(points: np.ndarray, side: int = 320, labels: np.ndarray | None = None) -> np.ndarray:
+    """The first two coordinates of points [N, D] as dots, uint8 [side, side, 3], in a colour for each label int [N]; what
+    shows is [-3, 3] both ways."""
     page = np.full((side, side, 3), 255, np.int32)
     places = np.round((np.asarray(points)[:, :2] / 6 + 0.5) * (side - 1)).astype(int)
-    places = places[((places >= 1) & (places < side - 1)).all(1)]
+    colours = INKS[np.zeros(len(places), int) if labels is None else np.asarray(labels) % len(INKS)]
+    inside = ((places >= 1) & (places < side - 1)).all(1)
+    places, darker = places[inside], (255 - colours[inside]) * 2 // 3
     for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        np.subtract.at(page, (side - 1 - places[:, 1] - dy, places[:, 0] + dx), (150, 110, 50))
+        np.subtract.at(page, (side - 1 - places[:, 1] - dy, places[:, 0] + dx), darker)
     return page.clip(20, 255).astype(np.uint8)
 
 

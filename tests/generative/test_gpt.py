@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oneira.generative.datasets import Arrays, batches, learn_tokens, text_space, token_rows
-from oneira.generative.gpt import GPT, GPTConfig, angles_of, read_gpt2, sines, turned
+from oneira.generative.gpt import GPT, GPTConfig, angles_of, attention_sheet, read_gpt2, sines, turned
 from oneira.generative.training import TrainSettings, fit
 from oneira.platform.errors import ConfigError, DataError, UsageError
 
@@ -105,6 +105,8 @@ def test_attention_maps_look_back_only(positions, lines):
     maps = make(lines.space, positions).attention_maps(torch.randint(0, 260, (2, 7)))
     assert maps.shape == (2, 2, 2, 7, 7)
     assert torch.allclose(maps.sum(-1), torch.ones(2, 2, 2, 7), atol=1e-5) and maps.triu(1).abs().max() == 0
+    (page,) = attention_sheet(maps).values()
+    assert page.shape == (16, 16, 3) and page[0, 0].tolist() == [0, 0, 0] and page[0, 1].tolist() == [255] * 3
 
 
 @KINDS

@@ -166,6 +166,15 @@ def test_codes_can_be_changed(vae, bars):
         vae.attribute(x, torch.ones(100, dtype=torch.bool))
 
 
+def test_what_reports_show(vae, ddpm, bars):
+    batch = rows(bars, 40)
+    for model, count in ((vae, 4), (ddpm, 2)):
+        shown = model.pictures(batch)
+        assert len(shown) == count and all(page.dtype == np.uint8 and page.shape[2] == 3 for page in shown.values())
+    pairs = vae.pictures(batch)["true pictures, and what is left of them in z"]
+    assert pairs.shape == (9, 39, 3) and np.array_equal(pairs[:4, :4, 0], batch["x"][0, ..., 0].numpy() * 85)
+
+
 def test_the_denoising_one_takes_noise_away(bars):
     torch.manual_seed(0)
     model = train(Autoencoder(AutoencoderConfig(objective="denoising", z=4, width=8), bars.space), bars, 300, lr=5e-3)

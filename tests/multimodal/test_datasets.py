@@ -36,14 +36,20 @@ def test_things_are_what_their_label_says():
         some = sample((FIRST["test"] + i) * TRIES + np.arange(TRIES), "all")
         single = some[np.flatnonzero((some.kind == 0) & (some.count == 1))[:1]]
         assert np.array_equal(draw(single, 16)[0], picture)
-        assert (int(single.shape[0, 0]), int(single.colour[0, 0])) == divmod(int(label), len(COLOURS)) < (len(SHAPES), 0)
+        assert (
+            (int(single.shape[0, 0]), int(single.colour[0, 0])) == divmod(int(label), len(COLOURS)) < (len(SHAPES), 0)
+        )
 
 
 def test_captions_come_back_as_texts():
     data = load("paraphrases")
     reader, rows = data.space.reader(), data.rows("train", np.arange(30))
     for key in ("x", "source"):
-        assert rows[key].shape == (30, 48) and (rows[key][:, 0] == 1).all() and (rows[key] == 2).any(1).all(), "none is cut"
+        assert rows[key].shape == (30, 48) and (rows[key][:, 0] == 1).all() and (rows[key] == 2).any(1).all(), (
+            "none is cut"
+        )
         texts = reader.decode_batch(rows[key].tolist())
-        assert all(any(colour in text for colour in (*COLOURS, "grey", "violet", "crimson")) or len(text) > 8 for text in texts)
+        assert all(
+            any(colour in text for colour in (*COLOURS, "grey", "violet", "crimson")) or len(text) > 8 for text in texts
+        )
     assert (rows["x"] != 0).sum() > (rows["source"] != 0).sum(), "one of the two leaves nothing out"
