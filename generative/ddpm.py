@@ -37,13 +37,15 @@ TOGETHER = 256  # rows that one pass of the network takes in `sample`
 
 @dataclass(frozen=True, kw_only=True)
 class DDPMConfig:
-    """widths: channels at each scale, each of half the side. prediction: of the network. steps: of `sample`."""
+    """widths: channels at each scale, each of half the side. prediction: of the network. steps, guidance:
+    of `sample`, where it is not told otherwise."""
 
     widths: tuple[int, ...] = (48, 96)
     schedule: Schedule = field(default_factory=Schedule)
     prediction: Prediction = "v"
     conditional: bool = False
     steps: int = 20
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.widths or any(width < 8 or width % 8 for width in self.widths):
@@ -111,16 +113,17 @@ class DDPM(GenerativeModel):
         *,
         steps: int = 0,
         sampler: Sampler = "ddim",
-        guidance: float = 1.0,
+        guidance: float | None = None,
         labels: Tensor | None = None,
     ) -> Tensor:
         """`n` pictures uint8 [n, H, W, C]; a picture depends on seed, its place and its own settings, not on n.
 
         Args:
-            steps: 0 means those of the config. guidance: see `diffusion.Row`. labels: int64 [n] of a conditional
+            steps: 0 means those of the config, as does no guidance. guidance: see `diffusion.Row`. labels: int64 [n] of a conditional
                 model; by default all labels by turns.
         """
         self.generator(seed)  # refuses what is no seed
+        guidance = self.config.guidance if guidance is None else guidance
         if not self.config.conditional:
             guidance = 1.0  # there is nothing to be guided by
         elif labels is None:

@@ -102,9 +102,10 @@ class EBM(GenerativeModel):
         true = self._real(batch["x"])
         if self.space.kind == "pictures":  # a little noise: the energy of whole levels alone could be a comb
             true = true + 0.02 * torch.randn(true.shape, generator=generator, device=true.device)
-        rows = torch.randint(len(self.buffer), (len(true),), generator=generator, device=true.device)
+        # No row twice: which of two ends would stay in the buffer is not the same each time.
+        rows = torch.randperm(len(self.buffer), generator=generator, device=true.device)[: len(true)]
         start = self.buffer[rows]
-        is_fresh = torch.rand(len(true), generator=generator, device=true.device) < self.config.fresh
+        is_fresh = torch.rand(len(rows), generator=generator, device=true.device) < self.config.fresh
         start[is_fresh] = self._noise(int(is_fresh.sum()), generator)
         end = self.langevin(start, self.config.steps, generator)
         if self.training:

@@ -4,7 +4,7 @@ ae-digits, dae-digits        autoencoder, and one that takes noise away, on digi
 cnn-digits, mlp-digits       classifiers of digits; cnn-things, mlp-things of pictures of one object, by shape and colour
 cgan-digits, cgan-things     conditional GAN on digits, and on pictures of one object
 dcgan-digits, wgan-digits    GANs on digits: with a critic of likelihoods, and of distances
-ddpm-digits                  diffusion on digits, told the label
+ddpm-digits, ddpm-things     diffusion on digits, and on pictures of one object, told the label
 ebm-digits, ebm-moons        energy-based models
 encoder-captions             a transformer that fills in hidden words of captions
 ffjord-moons                 a flow in continuous time on two moons
@@ -18,7 +18,9 @@ realnvp-moons                a flow of affine couplings on two moons
 translator-captions          an encoder-decoder that says a short caption in full
 vae-digits, vae-scenes       variational autoencoders; beta-vae-scenes with beta 4
 
-On data of one's own: `oneira train vae-scenes --set data.name=images --set data.path=FOLDER`.
+On data of one's own: `oneira train vae-scenes --set data.name=images --set data.path=FOLDER`; a folder of labelled pictures, such
+as CIFAR-10's, goes with `cnn-things` and `mlp-things` in the same way. With `--set classifier=RUN`, a run of `cnn-digits` or
+`cnn-things` judges the samples of the models of those data.
 """
 
 from __future__ import annotations
@@ -179,6 +181,11 @@ def beta_vae_scenes() -> Any:
 
 def ddpm_digits() -> Any:
     return _run(DDPM, DDPMConfig(conditional=True), DIGITS, steps=6000, lr=2e-3, ema=0.998)
+
+
+def ddpm_things() -> Any:
+    config = DDPMConfig(widths=(32, 64, 96), conditional=True, guidance=2.0)
+    return _run(DDPM, config, THINGS, steps=4000, batch_size=32, lr=2e-3, ema=0.998, channels_last=True)
 
 
 def ncsn_digits() -> Any:
