@@ -1,4 +1,4 @@
-"""Autoencoders over pictures: plain, denoising (Vincent et al. 2008), VAE (Kingma & Welling 2014) and beta-VAE (Higgins et al. 2017).
+"""Autoencoders over pictures: plain, denoising (Vincent et al. 2008), VAE (Kingma & Welling 2014), beta-VAE (Higgins et al. 2017).
 
     model.decode(model.encode(pictures))
     model.traverse(picture, dim=3)                     # one number of z changed step by step
@@ -37,7 +37,8 @@ OBJECTIVES = ("plain", "denoising")
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """z: numbers of the code. width: channels next to the pixels. noise: of "denoising", a standard deviation of pixels in [-1, 1]."""
+    """z: numbers of the code. width: channels next to the pixels. noise: of "denoising", a standard deviation of pixels
+    in [-1, 1]."""
 
     objective: Literal["plain", "denoising"] = "plain"
     z: int = 16

@@ -119,8 +119,8 @@ class DDPM(GenerativeModel):
         """`n` pictures uint8 [n, H, W, C]; a picture depends on seed, its place and its own settings, not on n.
 
         Args:
-            steps: 0 means those of the config, as does no guidance. guidance: see `diffusion.Row`. labels: int64 [n] of a conditional
-                model; by default all labels by turns.
+            steps: 0 means those of the config, as does no guidance. guidance: see `diffusion.Row`.
+            labels: int64 [n] of a conditional model; by default all labels by turns.
         """
         self.generator(seed)  # refuses what is no seed
         guidance = self.config.guidance if guidance is None else guidance

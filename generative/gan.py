@@ -4,9 +4,9 @@
     model.sample(64, seed=0, labels=torch.arange(64) % 10)                           # of a conditional one
 
 "dcgan": the critic says how likely a picture is to be true. True ones are called `smooth` rather than 1 (Salimans et al. 2016,
-section 3.4), and all get noise that keeps the two sets of pictures overlapping. The painter (the
-generator of the papers; that word means random numbers here) maximises the log-probability of being taken for true. "wgan-gp": the critic's mean on true pictures less its mean on others
-estimates their Wasserstein distance, where its gradient at points between them has norm 1, which a penalty asks for
+section 3.4), and all get noise that keeps the two sets of pictures overlapping. The painter (the generator of the papers; that
+word means random numbers here) maximises the log-probability of being taken for true. "wgan-gp": the critic's mean on true
+pictures less its mean on others estimates their Wasserstein distance, where its gradient at points between them has norm 1, which a penalty asks for
 (eq. 3). No batch norm in the critic: with it, the penalty's norm would not be of one picture.
 
 A conditional critic adds the product of its features with a vector of the label (Miyato & Koyama 2018, eq. 3); the painter
