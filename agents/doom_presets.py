@@ -1,12 +1,13 @@
 """DoomTakeCover's presets: controllers that learn in the dream alone; the real game gives data and checks, no update sees its score.
 
 doom-quick       minutes on a laptop
-doom-hour        an hour on a laptop: a second round on what the first controller met
+doom-hour        half an hour on a laptop: seven rounds, each on what killed the controllers of the one before
 doom-tau-sweep   V and M once, then populations at five temperatures at the same time ("World Models", section 4.4)
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from oneira.generative.training import TrainSettings
@@ -20,11 +21,12 @@ from .settings import CollectConfig, PopulationConfig, RoundConfig, WorldModelCo
 
 TEMPERATURES = (0.1, 0.5, 1.0, 1.15, 1.3)
 
+# A fireball that is still far away is two pixels: without emphasis V leaves it out, and a dream without fireballs is a safe place.
 # Survival is the reward, so M neither reads nor learns rewards; one step in some 200 terminates, and counts ten times.
 _MEMORY = MemoryConfig(
     z=64, action=3, discrete=True, hidden=512, reward_input=False, reward_weight=0.0, done_positive_weight=10.0
 )
-_VISION = VAEConfig(z=64, kl_floor=2.0)
+_VISION = VAEConfig(z=64, width=64, decoder_width=64, kl_floor=4.0, emphasis=10.0)
 _CONTROLLER = ControllerConfig(features="zch", z=64, memory=512, action_space="threshold", bias=False)
 
 
@@ -32,10 +34,18 @@ def _learn(steps: int, *, batch: int, lr: float) -> TrainSettings:
     return TrainSettings(steps=steps, batch_size=batch, lr=lr, save_every=500)
 
 
-def _dream(generations: int, tau: float, *, name: str = "dream", popsize: int = 64, seed: int = 1) -> PopulationConfig:
+def _dream(
+    generations: int,
+    tau: float,
+    *,
+    name: str = "dream",
+    popsize: int = 64,
+    seed: int = 1,
+    horizon: int = DoomTakeCover.max_steps,
+) -> PopulationConfig:
     evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=0.1, seed=seed)
     return PopulationConfig(
-        name=name, world="dream", generations=generations, episodes=16, horizon=DoomTakeCover.max_steps, stuck=0, tau=tau,
+        name=name, world="dream", generations=generations, episodes=16, horizon=horizon, stuck=0, tau=tau,
         unit=popsize // 2, evolution=evolution,
     )  # fmt: skip
 
@@ -43,7 +53,7 @@ def _dream(generations: int, tau: float, *, name: str = "dream", popsize: int = 
 def _first_round(episodes: int, vision: int, memory: int, *populations: PopulationConfig) -> RoundConfig:
     return RoundConfig(
         collect=CollectConfig(wandering=episodes, max_steps=DoomTakeCover.max_steps),
-        vision=_learn(vision, batch=32, lr=4e-3),
+        vision=_learn(vision, batch=32, lr=3e-3),
         memory=_learn(memory, batch=64, lr=2e-3),
         populations=populations,
     )
@@ -61,15 +71,18 @@ def doom_quick() -> WorldModelConfig:
 
 
 def doom_hour() -> WorldModelConfig:
-    """Two rounds: M learns again from noisy play of what the first dream taught."""
-    second = RoundConfig(
-        collect=CollectConfig(noisy=384, max_steps=DoomTakeCover.max_steps),
-        vision=_learn(2000, batch=32, lr=2e-3),
-        memory=_learn(2000, batch=64, lr=2e-3),
-        restart=True,
-        populations=(_dream(60, 1.15),),
+    """Dreams alone: each round plays as the last dream taught, and M learns what killed it."""
+    first = _first_round(1024, 6000, 1200, _dream(15, 1.15, popsize=32, horizon=1000))
+    later = RoundConfig(
+        collect=CollectConfig(noisy=192, max_steps=DoomTakeCover.max_steps),
+        memory=_learn(500, batch=64, lr=1e-3),
+        fresh=0.5,
+        populations=(_dream(15, 1.15, popsize=32, horizon=1000),),
     )
-    return _run(_first_round(512, 4000, 1000, _dream(15, 1.15)), second, check_episodes=100)
+    seeing = replace(
+        later, vision=_learn(3000, batch=32, lr=2e-3), memory=_learn(1000, batch=64, lr=2e-3), restart=True
+    )
+    return _run(first, later, later, seeing, later, later, later, checks=32, check_episodes=100)
 
 
 def doom_tau_sweep() -> WorldModelConfig:

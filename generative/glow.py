@@ -44,6 +44,7 @@ class Glow(Flow):
 
     kind = "glow"
     Config = GlowConfig
+    is_begun: Tensor
 
     def __init__(self, config: GlowConfig, space: Space):
         super().__init__(config, space)

@@ -76,10 +76,11 @@ class GPT(TextModel):
         self.pad, self.first_token, self.end_token = config.pad, config.first_token, config.end_token
         self.embedding = nn.Embedding(space.levels, config.width)
         self.places = nn.Embedding(space.shape[0], config.width) if config.positions == "learned" else None
-        self.blocks: Any = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.layers))
+        blocks = [Block(config.width, config.heads) for _ in range(config.layers)]
+        self.blocks: Any = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(config.width)
         self.apply(_initialise)
-        for block in self.blocks:  # so that the sum of all layers does not grow with their number (GPT-2, section 2.3)
+        for block in blocks:  # so that the sum of all layers does not grow with their number (GPT-2, section 2.3)
             for last in (block.attention.out, block.shrink):
                 nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.layers))
 

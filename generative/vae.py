@@ -46,6 +46,9 @@ class VAEConfig:
     z: int = 32  # latent size
     width: int = 32  # the encoder's channels next to the pixels; deeper stages have 2 and 4 times as many ("fast" only)
     decoder_width: int = 48  # the decoder's, likewise
+    emphasis: float = (
+        0.0  # k: a pixel's squared error e counts e * (1 + k * e), so that small bright things are worth their nats
+    )
     kl_floor: float = 0.5  # nats per latent dimension that the KL may have for free (the paper's tolerance)
 
     def __post_init__(self) -> None:
@@ -54,8 +57,9 @@ class VAEConfig:
         for key in ("z", "width", "decoder_width"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1.")
-        if not self.kl_floor >= 0:
-            raise ConfigError(f"kl_floor is {self.kl_floor}; it must not be negative.")
+        for key in ("kl_floor", "emphasis"):
+            if not getattr(self, key) >= 0:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must not be negative.")
 
 
 class VAE(nn.Module):
@@ -93,14 +97,21 @@ class VAE(nn.Module):
         return self.decode(z.to(next(self.parameters()).device))
 
     def loss(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Squared error summed over the frame, plus max(KL(q(z | frame) || N(0, 1)), floor) in nats; means over B."""
+        """Squared error summed over the frame (large ones emphasised), plus max(KL(q(z | frame) || N(0, 1)), floor) in nats; means over B."""
         mu, logvar = self.encode(batch)
         noise = torch.randn(mu.shape, generator=generator, device=mu.device)
         values = self.decoder(mu + torch.exp(0.5 * logvar) * noise)
-        error = F.mse_loss(values, self.decoder.target(batch), reduction="sum") / len(batch)
+        error = self._error(values, self.decoder.target(batch)) / len(batch)
         kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(dim=1)
         loss = error + kl.clamp(min=self.config.kl_floor * self.config.z).mean()
         return loss, {"error": error.detach(), "kl": kl.detach().mean()}
+
+    def _error(self, values: Tensor, target: Tensor) -> Tensor:
+        """Of all values, one number."""
+        if not self.config.emphasis:
+            return F.mse_loss(values, target, reduction="sum")
+        square = (values - target).square()
+        return (square * (1 + self.config.emphasis * square)).sum()
 
 
 # The fast kind -------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_ncsn_learns_two_moons(moons):
     fit(
         model,
         batches(moons, 256, 0),
-        TrainSettings(steps=400, batch_size=256, lr=5e-3, warmup=20, ema=0.98, precision="fp32"),
+        TrainSettings(steps=1500, batch_size=256, lr=5e-3, warmup=20, ema=0.99, precision="fp32"),
     )
     true, drawn = torch.as_tensor(first_rows(moons, "test", 400)["x"]), model.sample(400, 0)
     normal = true.mean(0) + true.std(0) * torch.randn(400, 2, generator=generator())

@@ -97,7 +97,7 @@ def test_no_batch_norm_in_the_critic(bars):
 def test_a_conditional_gan_learns_to_paint_what_is_asked(bars, objective):
     torch.manual_seed(0)
     model = GAN(GANConfig(objective=objective, z=4, width=16, conditional=True, critic_steps=2), bars.space)
-    train(model, bars, 500, lr=2e-3, beta1=0.0, clip=0, ema=0.98)
+    train(model, bars, 1500, lr=2e-3, beta1=0.0, clip=0, ema=0.98)
     upright, lying = stands(model.sample(100, 0, labels=torch.ones(100, dtype=torch.long)))
     other_upright, other_lying = stands(model.sample(100, 0, labels=torch.zeros(100, dtype=torch.long)))
     assert upright.mean() > 0.6 and other_lying.mean() > 0.6, (upright.mean(), other_lying.mean())
