@@ -35,18 +35,12 @@ def _learn(steps: int, *, batch: int, lr: float) -> TrainSettings:
 
 
 def _dream(
-    generations: int,
-    tau: float,
-    *,
-    name: str = "dream",
-    popsize: int = 64,
-    seed: int = 1,
-    horizon: int = DoomTakeCover.max_steps,
+    generations: int, tau: float, *, name: str = "dream", seed: int = 1, horizon: int = DoomTakeCover.max_steps
 ) -> PopulationConfig:
-    evolution = EvolutionConfig(kind="separable", popsize=popsize, sigma0=0.1, seed=seed)
+    evolution = EvolutionConfig(kind="separable", popsize=32, sigma0=0.1, seed=seed)
     return PopulationConfig(
         name=name, world="dream", generations=generations, episodes=16, horizon=horizon, stuck=0, tau=tau,
-        unit=popsize // 2, evolution=evolution,
+        unit=16, evolution=evolution,
     )  # fmt: skip
 
 
@@ -67,17 +61,17 @@ def _run(*rounds: RoundConfig, **more: Any) -> WorldModelConfig:
 
 def doom_quick() -> WorldModelConfig:
     """One dream at temperature 1.15, from random play alone."""
-    return _run(_first_round(256, 2000, 400, _dream(12, 1.15, popsize=32)), checks=16, film_steps=300)
+    return _run(_first_round(256, 2000, 400, _dream(12, 1.15)), checks=16, film_steps=300)
 
 
 def doom_hour() -> WorldModelConfig:
     """Dreams alone: each round plays as the last dream taught, and M learns what killed it."""
-    first = _first_round(1024, 6000, 1200, _dream(15, 1.15, popsize=32, horizon=1000))
+    first = _first_round(1024, 6000, 1200, _dream(15, 1.15, horizon=1000))
     later = RoundConfig(
         collect=CollectConfig(noisy=192, max_steps=DoomTakeCover.max_steps),
         memory=_learn(500, batch=64, lr=1e-3),
         fresh=0.5,
-        populations=(_dream(15, 1.15, popsize=32, horizon=1000),),
+        populations=(_dream(15, 1.15, horizon=1000),),
     )
     seeing = replace(
         later, vision=_learn(3000, batch=32, lr=2e-3), memory=_learn(1000, batch=64, lr=2e-3), restart=True
@@ -87,5 +81,5 @@ def doom_hour() -> WorldModelConfig:
 
 def doom_tau_sweep() -> WorldModelConfig:
     """Five temperatures in one dream, at the same time on one pool; each population is then scored in the real game."""
-    populations = [_dream(30, tau, name=f"tau-{tau}", popsize=32, seed=1 + i) for i, tau in enumerate(TEMPERATURES)]
+    populations = [_dream(30, tau, name=f"tau-{tau}", seed=1 + i) for i, tau in enumerate(TEMPERATURES)]
     return _run(_first_round(512, 4000, 1500, *populations), population_episodes=100)

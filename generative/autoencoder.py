@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from oneira.platform.errors import ConfigError, UsageError, did_you_mean
 
-from .flows import arc
+from .interpolation import arc
 from .models import GenerativeModel
 from .pixelcnn import logistic_log_prob
 from .spaces import Space, scatter, sheet, visible
@@ -82,9 +82,6 @@ class _Codes(GenerativeModel):
         self.reader, self.writer = _networks(space, config.width, outputs, config.z)
         self.log_scale = nn.Parameter(torch.tensor(-1.0))
 
-    def _real(self, x: Tensor) -> Tensor:
-        return x.float() * (2 / (self.space.levels - 1)) - 1
-
     def _means(self, z: Tensor) -> Tensor:
         """The decoder's means, [B, H, W, C], in [-1, 1] or a little beyond."""
         return self.writer(z).float().permute(0, 2, 3, 1)
@@ -97,13 +94,12 @@ class _Codes(GenerativeModel):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """z float32 [B, Z] -> pictures uint8 [B, H, W, C], the most probable value of each pixel."""
-        levels = (self._means(z.to(self.device)) + 1) / 2 * (self.space.levels - 1)
-        return levels.round().clamp(0, self.space.levels - 1).to(torch.uint8)
+        return self.space.to_levels(self._means(z.to(self.device)))
 
     def encode(self, x: Tensor) -> Tensor:
         """Pictures uint8 [B, H, W, C] -> z float32 [B, Z]."""
         with torch.no_grad():
-            return self.reader(self._real(x.to(self.device)).permute(0, 3, 1, 2)).float()[:, : self.config.z]
+            return self.reader(self.space.to_signed(x.to(self.device)).permute(0, 3, 1, 2)).float()[:, : self.config.z]
 
     def interpolate(self, a: Tensor, b: Tensor, count: int) -> Tensor:
         """A morph of `count` pictures between those that a [H, W, C] and b are decoded to, ends included."""
@@ -165,7 +161,7 @@ class Autoencoder(_Codes):
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """-log p(x | z), nats a number; a denoising one sees the picture with noise."""
-        x = self._real(batch["x"])
+        x = self.space.to_signed(batch["x"])
         if self.config.objective == "denoising":
             x = x + self.config.noise * torch.randn(x.shape, generator=generator, device=x.device)
         nats = self._nats(batch["x"], self._means(self.reader(x.permute(0, 3, 1, 2)))).mean() / self.space.dims
@@ -174,7 +170,7 @@ class Autoencoder(_Codes):
     @torch.no_grad()
     def denoise(self, noisy: Tensor) -> Tensor:
         """Pictures float32 [B, H, W, C] with noise, in levels -> pictures uint8."""
-        return self.decode(self.reader(self._real(noisy.to(self.device)).permute(0, 3, 1, 2)))
+        return self.decode(self.reader(self.space.to_signed(noisy.to(self.device)).permute(0, 3, 1, 2)))
 
 
 class VAE(_Codes):
@@ -188,7 +184,7 @@ class VAE(_Codes):
 
     def _terms(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """-log p(x | z) with one z drawn, and KL, [B] each."""
-        mu, log_var = self.reader(self._real(x).permute(0, 3, 1, 2)).float().chunk(2, 1)
+        mu, log_var = self.reader(self.space.to_signed(x).permute(0, 3, 1, 2)).float().chunk(2, 1)
         log_var = log_var.clamp(-12, 8)
         z = mu + torch.exp(0.5 * log_var) * torch.randn(mu.shape, generator=generator, device=mu.device)
         return self._nats(x, self._means(z)), 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(1)

@@ -56,7 +56,7 @@ class Classifier(GenerativeModel):
         self.last = nn.Linear(config.width, space.classes)
 
     def _read(self, x: Tensor) -> Tensor:
-        return x.permute(0, 3, 1, 2).float() * (2 / (self.space.levels - 1)) - 1
+        return self.space.to_signed(x.permute(0, 3, 1, 2))
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Cross-entropy, nats; and the share that was right."""

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from oneira.platform.errors import ConfigError, UsageError
 
 from .diffusion import Network, Prediction, Row, Sampler, Schedule, advance, plan, to_x0, training_pair
-from .flows import arc
 from .gpt import sines
+from .interpolation import arc
 from .models import GenerativeModel
 from .spaces import Space, sheet, visible
 
@@ -73,11 +73,10 @@ class DDPM(GenerativeModel):
 
     def _real(self, rows: Tensor) -> Tensor:
         """Pictures [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1]."""
-        return rows.permute(0, 3, 1, 2).float() * (2 / (self.space.levels - 1)) - 1
+        return self.space.to_signed(rows.permute(0, 3, 1, 2))
 
     def _rows(self, x: Tensor) -> Tensor:
-        levels = (x.permute(0, 2, 3, 1) + 1) / 2 * (self.space.levels - 1)
-        return levels.round().clamp(0, self.space.levels - 1).to(torch.uint8).contiguous()
+        return self.space.to_levels(x.permute(0, 2, 3, 1)).contiguous()
 
     @property
     def _shape(self) -> tuple[int, int, int]:

@@ -70,7 +70,7 @@ class EBM(GenerativeModel):
         return self.network(x).float()[:, 0]
 
     def _real(self, rows: Tensor) -> Tensor:
-        return rows if self.space.kind == "points" else rows.float() * (2 / (self.space.levels - 1)) - 1
+        return rows if self.space.kind == "points" else self.space.to_signed(rows)
 
     def _noise(self, count: int, generator: torch.Generator) -> Tensor:
         """Rows to begin at: points of a wide normal, or pixels alike in [-1, 1]."""
@@ -126,9 +126,7 @@ class EBM(GenerativeModel):
         generator = self.generator(seed)
         rows = torch.randint(len(self.buffer), (n,), generator=generator, device=self.device)
         x = self.langevin(self.buffer[rows], self.config.sweeps, generator)
-        if self.space.kind == "points":
-            return x
-        return ((x + 1) / 2 * (self.space.levels - 1)).round().to(torch.uint8)
+        return x if self.space.kind == "points" else self.space.to_levels(x)
 
     @torch.no_grad()
     def ood_score(self, x: Tensor) -> Tensor:

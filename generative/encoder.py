@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oneira.platform.errors import ConfigError, UsageError
+from oneira.platform.errors import UsageError
 
 from .choosing import draw, narrowed
-from .gpt import Block, attention_sheet, sines
+from .gpt import Block, attention_sheet, check_sizes, sines
 from .models import GenerativeModel
 from .spaces import PAD, Space
 
@@ -40,11 +40,7 @@ class EncoderConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
-        for key in ("width", "layers", "heads"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1.")
-        if self.width % (2 * self.heads):
-            raise ConfigError(f"width is {self.width}; it must be a multiple of twice the {self.heads} heads.")
+        check_sizes(self)
 
 
 class Encoder(GenerativeModel):

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .interpolation import arc
 from .models import GenerativeModel
 
 
@@ -96,15 +97,3 @@ class Flow(GenerativeModel):
 def normal_log_prob(z: Tensor) -> Tensor:
     """log N(z; 0, I) of z [B, ...], float32 [B], nats."""
     return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
-
-
-def arc(a: Tensor, b: Tensor, count: int) -> Tensor:
-    """`count` points [count, ...] from a [...] to b [...], ends included, at equal steps of the angle between them, the
-    length changing in proportion: what lies between two draws of a normal distribution is as long as they are."""
-    angle = torch.acos((a.flatten() @ b.flatten() / (a.norm() * b.norm()).clamp(min=1e-12)).clamp(-1, 1))
-    share = torch.linspace(0, 1, count, device=a.device).view(-1, *(1,) * a.dim())
-    length = (1 - share) * a.norm() + share * b.norm()
-    if angle < 1e-4:
-        return torch.lerp(a[None], b[None], share)
-    direction = torch.sin((1 - share) * angle) * a / a.norm() + torch.sin(share * angle) * b / b.norm()
-    return length * direction / torch.sin(angle)

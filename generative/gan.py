@@ -6,8 +6,8 @@
 "dcgan": the critic says how likely a picture is to be true. True ones are called `smooth` rather than 1 (Salimans et al. 2016,
 section 3.4), and all get noise that keeps the two sets of pictures overlapping. The painter (the generator of the papers; that
 word means random numbers here) maximises the log-probability of being taken for true. "wgan-gp": the critic's mean on true
-pictures less its mean on others estimates their Wasserstein distance, where its gradient at points between them has norm 1, which a penalty asks for
-(eq. 3). No batch norm in the critic: with it, the penalty's norm would not be of one picture.
+pictures less its mean on others estimates their Wasserstein distance, where its gradient at points between them has norm 1, which
+a penalty asks for (eq. 3). No batch norm in the critic: with it, the penalty's norm would not be of one picture.
 
 A conditional critic adds the product of its features with a vector of the label (Miyato & Koyama 2018, eq. 3); the painter
 is told the label with its z.
@@ -83,7 +83,7 @@ class GAN(GenerativeModel):
         self, player: str, batch: Mapping[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """What the "critic" or the "painter" minimises, of true rows batch["x"] (and labels batch["y"])."""
-        true = batch["x"].permute(0, 3, 1, 2).float() * (2 / (self.space.levels - 1)) - 1
+        true = self.space.to_signed(batch["x"].permute(0, 3, 1, 2))
         labels = batch["y"] if self.config.conditional else None
         z = torch.randn(len(true), self.config.z, generator=generator, device=true.device)
         if player == "painter":
@@ -128,13 +128,7 @@ class GAN(GenerativeModel):
         if labels is not None and not self.config.conditional:
             raise UsageError("This model was trained without labels; it cannot be asked for one.")
         x = self.painter(z.to(self.device), None if labels is None else labels.to(self.device))
-        return (
-            ((x + 1) / 2 * (self.space.levels - 1))
-            .round()
-            .clamp(0, self.space.levels - 1)
-            .to(torch.uint8)
-            .permute(0, 2, 3, 1)
-        )
+        return self.space.to_levels(x.permute(0, 2, 3, 1))
 
     def sample(self, n: int, seed: int, labels: Tensor | None = None) -> Tensor:
         """`n` pictures uint8 [n, H, W, C]; of a conditional one, of labels int64 [n], or of all labels by turns."""

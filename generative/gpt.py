@@ -48,11 +48,16 @@ class GPTConfig:
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
             raise ConfigError(f"positions is '{self.positions}'. {did_you_mean(self.positions, POSITIONS)}")
-        for key in ("width", "layers", "heads"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1.")
-        if self.width % (2 * self.heads):
-            raise ConfigError(f"width is {self.width}; it must be a multiple of twice the {self.heads} heads.")
+        check_sizes(self)
+
+
+def check_sizes(config: Any) -> None:
+    """Raises ConfigError unless blocks can have this `width`, and there is a number of `layers` and `heads`."""
+    for key in ("width", "layers", "heads"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"{key} is {getattr(config, key)}; it must be at least 1.")
+    if config.width % (2 * config.heads):
+        raise ConfigError(f"width is {config.width}; it must be a multiple of twice the {config.heads} heads.")
 
 
 @dataclass

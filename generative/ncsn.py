@@ -71,7 +71,7 @@ class NCSN(GenerativeModel):
     def _real(self, rows: Tensor) -> Tensor:
         if self.space.kind == "points":
             return rows
-        return rows.permute(0, 3, 1, 2).float() * (2 / (self.space.levels - 1)) - 1
+        return self.space.to_signed(rows.permute(0, 3, 1, 2))
 
     def _noise_said(self, x: Tensor, level: Tensor) -> Tensor:
         """The network's guess of -noise. It sees x shrunk to about unit size, whatever the noise."""
@@ -109,8 +109,7 @@ class NCSN(GenerativeModel):
         x = x + self.sigmas[-1] ** 2 * self.score(x, self.config.levels - 1)
         if self.space.kind == "points":
             return x
-        levels = (x.permute(0, 2, 3, 1) + 1) / 2 * (self.space.levels - 1)
-        return levels.round().clamp(0, self.space.levels - 1).to(torch.uint8).contiguous()
+        return self.space.to_levels(x.permute(0, 2, 3, 1)).contiguous()
 
 
 class PointsNetwork(nn.Module):

@@ -68,7 +68,7 @@ class PixelCNN(GenerativeModel):
 
     def _input(self, x: Tensor) -> Tensor:
         """Pictures [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1]."""
-        return x.permute(0, 3, 1, 2).float() * (2 / (self.space.levels - 1)) - 1
+        return self.space.to_signed(x.permute(0, 3, 1, 2))
 
     def _said(self, x: Tensor) -> Tensor:
         """Of the distribution of each number: float32 [B, H, W, C, numbers]."""

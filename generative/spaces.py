@@ -16,6 +16,7 @@ from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_m
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from torch import Tensor
 
 KINDS = ("points", "pictures", "text")
 DIMENSIONS = {"points": 1, "pictures": 3, "text": 1}
@@ -59,6 +60,14 @@ class Space:
     def dims(self) -> int:
         """Numbers in a row."""
         return math.prod(self.shape)
+
+    def to_signed(self, pictures: Tensor) -> Tensor:
+        """Pictures of whole levels -> float32 of the same shape, 0 as -1 and the highest level as 1."""
+        return pictures.float() * (2 / (self.levels - 1)) - 1
+
+    def to_levels(self, x: Tensor) -> Tensor:
+        """Undoes `to_signed`: the nearest level there is, uint8."""
+        return ((x + 1) / 2 * (self.levels - 1)).round().clamp(0, self.levels - 1).byte()
 
     def reader(self) -> Tokenizer:
         """The tokenizer of a text space. Raises UsageError for the other kinds."""

@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oneira.platform.errors import ConfigError
-
 from .choosing import check_choice, draw, narrowed
-from .gpt import Block, Kept, sines
+from .gpt import Block, Kept, check_sizes, sines
 from .models import GenerativeModel
 from .spaces import BEGIN, END, PAD, Space
 
@@ -34,11 +32,7 @@ class TranslatorConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
-        for key in ("width", "layers", "heads"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1.")
-        if self.width % (2 * self.heads):
-            raise ConfigError(f"width is {self.width}; it must be a multiple of twice the {self.heads} heads.")
+        check_sizes(self)
 
 
 class Translator(GenerativeModel):

@@ -84,21 +84,3 @@ def through(stages: Sequence[Stage], requests: Sequence[PictureRequest], rows: i
             for state, plan in zip(states, plans, strict=True):
                 state.update(plan.found)
         yield from states
-
-
-def slerp(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
-    """The embedding of which `share` in [0, 1] of the way from start to end is gone, float32 [E].
-
-    Its direction is on the great circle between theirs, its length between theirs in equal steps. Where they are opposite no circle is
-    shortest, and where they are one there is none: then the way is a straight line.
-    """
-    lengths = np.linalg.norm(start), np.linalg.norm(end)
-    a, b = (
-        np.asarray(v, np.float64) / max(float(length), 1e-12) for v, length in zip((start, end), lengths, strict=True)
-    )
-    angle = np.arccos(np.clip(a @ b, -1, 1))
-    near = np.sin(angle) < 1e-6
-    shares = (1 - share, share) if near else np.sin([(1 - share) * angle, share * angle]) / np.sin(angle)
-    way = shares[0] * a + shares[1] * b
-    length = (1 - share) * lengths[0] + share * lengths[1]
-    return (way / max(float(np.linalg.norm(way)), 1e-12) * length).astype(np.float32)

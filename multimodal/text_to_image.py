@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from oneira.generative.interpolation import slerp
 from oneira.platform.config import from_dict, to_dict
 from oneira.platform.devices import pick_device, pick_precision
 from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_mean
@@ -30,7 +31,7 @@ from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_m
 from .clip import Clip
 from .decoder import Decoder, DecoderStage
 from .prior import Prior, PriorStage
-from .stages import PictureRequest, Plan, Stage, slerp, through
+from .stages import PictureRequest, Plan, Stage, through
 from .text_stage import TextStage
 from .upsampler import Upsampler, UpsamplerStage
 

@@ -43,6 +43,17 @@ def weights(folder):
     return {f.parent.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+def fingerprint(run):
+    """sha256 of every file that a run which trains one network keeps."""
+    files = sorted(
+        file
+        for part in ("checkpoints", "model", "evaluations")
+        for file in (run.path / part).rglob("*")
+        if file.is_file()
+    )
+    return {str(file.relative_to(run.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 @pytest.fixture(name="command")
 def command_fixture():
     """command(folder) trains the tiny run there; command(folder, "evaluate", ...) is any other command line."""
@@ -52,6 +63,11 @@ def command_fixture():
 @pytest.fixture(name="weights")
 def weights_fixture():
     return weights
+
+
+@pytest.fixture(name="fingerprint")
+def fingerprint_fixture():
+    return fingerprint
 
 
 @pytest.fixture(scope="session")

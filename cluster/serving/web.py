@@ -23,7 +23,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from oneira.multimodal.stages import PictureRequest, State, slerp
+from oneira.generative.interpolation import slerp
+from oneira.multimodal.stages import PictureRequest, State
 from oneira.platform.errors import UsageError, did_you_mean
 
 from .asking import CLIENT_GONE, ApiError, ClientGone, as_api_error, gone, read_file, read_form, read_json, while_there

@@ -11,8 +11,9 @@ from torch import nn
 
 from oneira.generative.datasets import DataConfig, batches, first_rows, load_data
 from oneira.generative.ffjord import FFJORD, FFJORDConfig
-from oneira.generative.flows import arc, normal_log_prob
+from oneira.generative.flows import normal_log_prob
 from oneira.generative.glow import ActNorm, Glow, GlowConfig, Mix
+from oneira.generative.interpolation import arc
 from oneira.generative.realnvp import RealNVP, RealNVPConfig
 from oneira.generative.spaces import Space
 from oneira.generative.training import TrainSettings, fit
@@ -45,6 +46,7 @@ def test_normal_by_hand():
 def test_arc_by_hand():
     way = arc(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 4.0]), 3)
     assert torch.allclose(way, torch.tensor([[2.0, 0.0], [3 / math.sqrt(2), 3 / math.sqrt(2)], [0.0, 4.0]]), atol=1e-6)
+    assert arc(torch.ones(2), -torch.ones(2), 3).isfinite().all()  # no circle is shortest
     assert torch.allclose(arc(torch.ones(2), 3 * torch.ones(2), 3), torch.tensor([[1.0, 1], [2, 2], [3, 3]]))
 
 

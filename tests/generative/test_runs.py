@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from functools import cache
@@ -49,16 +48,6 @@ def start(folder, preset):
         return run, run.config.train(run, executor)
 
 
-def fingerprint(run):
-    files = sorted(
-        file
-        for part in ("checkpoints", "model", "evaluations")
-        for file in (run.path / part).rglob("*")
-        if file.is_file()
-    )
-    return {str(file.relative_to(run.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """whole(preset): the run of a preset that nothing disturbed, and its summary."""
@@ -79,7 +68,7 @@ def test_a_run_leaves_a_model_scores_and_a_report(whole, preset):
 
 @EVERY
 @pytest.mark.parametrize("moment", ["fit 5", "fit 15", "stage 0", "stage 1"])
-def test_a_stopped_run_continues_to_the_same_bytes(whole, preset, moment, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_bytes(whole, fingerprint, preset, moment, tmp_path, monkeypatch):
     log = Run.log
 
     def stop(self, stage, step, **values):

@@ -1,6 +1,5 @@
 """Runs that train one network on scenes: whole, interrupted and resumed, through the command line."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -47,16 +46,6 @@ def start(folder, preset, clip):
         return run, run.config.train(run, executor)
 
 
-def fingerprint(run):
-    files = sorted(
-        file
-        for part in ("checkpoints", "model", "evaluations")
-        for file in (run.path / part).rglob("*")
-        if file.is_file()
-    )
-    return {str(file.relative_to(run.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_clip):
     """whole(preset): the run of a preset that nothing disturbed, and its summary."""
@@ -96,7 +85,9 @@ def test_the_folder_holds_the_trained_network(whole, preset):
 
 @PRESETS
 @pytest.mark.parametrize("moment", ["fit 5", "fit 15", "fit 20", "stage 0", "stage 1"])
-def test_a_stopped_run_continues_to_the_same_bytes(whole, preset, moment, tiny_clip, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_to_the_same_bytes(
+    whole, fingerprint, preset, moment, tiny_clip, tmp_path, monkeypatch
+):
     log = Run.log
 
     def stop(self, stage, step, **values):
@@ -115,7 +106,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(whole, preset, moment, tiny_c
 
 
 @PRESETS
-def test_a_done_run_does_nothing_more(whole, preset):
+def test_a_done_run_does_nothing_more(whole, fingerprint, preset):
     run, _ = whole(preset)
     before = len(run.metrics()), fingerprint(run)
     with SerialExecutor() as executor:

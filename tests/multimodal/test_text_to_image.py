@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from oneira.generative.interpolation import slerp
 from oneira.multimodal import load_text_to_image
 from oneira.multimodal.assembling import assemble, folder_bytes
 from oneira.multimodal.checker import Checker, CheckerConfig
 from oneira.multimodal.decoder import Decoder, DecoderConfig
 from oneira.multimodal.scenes import draw, sample
 from oneira.multimodal.scoring import score_pictures, wilson
-from oneira.multimodal.stages import PictureRequest, slerp, through
+from oneira.multimodal.stages import PictureRequest, through
 from oneira.multimodal.text_to_image import BUILTIN, MODEL, ModelCard
 from oneira.platform.errors import ConfigError, DataError, UsageError
 
