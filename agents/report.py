@@ -49,7 +49,9 @@ FILMS = {
 
 def build_report(run: Run) -> Path:
     """Write the run's report.html from what it holds by now, and return its path."""
-    page = Report(run.name, f"{run.preset}: a world model, and controllers trained in the real world and in its dream")
+    worlds = {p.world for plan in run.config.rounds for p in plan.populations}
+    places = [place for world, place in (("real", "the real world"), ("dream", "its dream")) if world in worlds]
+    page = Report(run.name, f"{run.preset}: a world model, and controllers trained in {' and in '.join(places)}")
     clock = _clock(run)
     _scores(page, run, clock)
     _films(page, run)

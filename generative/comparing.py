@@ -59,7 +59,7 @@ def comparison_page(rows: Sequence[dict[str, Any]], out: Path, classifier: str =
     page.table(
         [*facts, *scores],
         [[row[key] for key in facts] + [row["scores"].get(key) for key in scores] for row in rows],
-        "training_s and samples_per_s are in seconds, as measured on the machine that each was measured on.",
+        "training_s: seconds; samples_per_s: a second; each as measured where it was trained or compared.",
     )
     if classifier:
         page.text(f"feature_...: in the features of the classifier {classifier}.")
