@@ -29,6 +29,7 @@ from oneira.platform.errors import ConfigError, UsageError, did_you_mean
 
 from .interpolation import arc
 from .models import GenerativeModel
+from .noise import Noise
 from .pixelcnn import logistic_log_prob
 from .spaces import Space, scatter, sheet, visible
 
@@ -203,9 +204,9 @@ class VAE(_Codes):
         found = [self._terms(x.to(self.device), generator) for _ in range(draws)]
         return -torch.stack([nats + kl for nats, kl in found]).mean(0)
 
-    def sample(self, n: int, seed: int) -> Tensor:
-        """`n` pictures from z of a standard normal."""
-        return self.decode(torch.randn(n, self.config.z, generator=self.generator(seed), device=self.device))
+    def draw(self, noise: Noise) -> Tensor:
+        """Pictures from z of a standard normal."""
+        return self.decode(noise.normal(self.config.z))
 
 
 def _networks(space: Space, width: int, outputs: int, z: int) -> tuple[nn.Module, nn.Module]:

@@ -3,7 +3,8 @@
     check_model(RealNVP(RealNVPConfig(), space), batch)      # raises ModelProblems with all that it found
 
 What must hold of every model: the loss is a finite scalar that depends on batch, weights and generator alone; its gradient
-reaches every parameter; the same seed gives the same samples, of the kind, shape and range that the space says; saved and
+reaches every parameter; the same seed gives the same samples, of the kind, shape and range that the space says, and whoever else
+is drawn together with them; saved and
 read again the model is the same to the bit; none of this touches torch's global random state. Of some:
 
 - `invertible`: decode undoes encode, and encode decode. `transform`: its log-determinant is that of autograd's Jacobian.
@@ -30,6 +31,7 @@ from oneira.platform.errors import DataError, UsageError
 from .models import GenerativeModel, read_model
 
 TOLERANCE = 1e-4  # float32, of what must be undone; log-determinants may be off by this share of their size, too
+SHARED = 1e-2  # by how much rows may differ that were drawn in a batch of another size; of pictures, times their levels
 JACOBIAN = 64  # rows of more numbers are too large for a whole Jacobian here
 
 
@@ -116,6 +118,11 @@ def _check_samples(model: GenerativeModel, data: dict[str, Tensor]) -> Iterator[
         yield f"`sample` gave the value {int(first.max())}; the space has levels 0 to {model.space.levels - 1}."
     elif not torch.isfinite(first.float()).all():
         yield "`sample` gave numbers that are not finite."
+    else:
+        shared = model.draw(model.noise([(3, 7), (2, 8)]))
+        alone = torch.cat([first, model.sample(2, 8)])
+        if not torch.allclose(shared.float(), alone.float(), atol=SHARED * max(1, model.space.levels)):
+            yield "`draw` gives a group of rows other rows when another group is drawn with it."
 
 
 def _check_saving(model: GenerativeModel, data: dict[str, Tensor]) -> Iterator[str]:

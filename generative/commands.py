@@ -44,6 +44,9 @@ def sample(
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Trained runs of generative models.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("compare.html"),
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="One picture with a panel of samples for each run, too.")
+    ] = None,
     classifier: Annotated[
         str, typer.Option(metavar="RUN", help="A classifier's run, in whose features samples are scored too.")
     ] = "",
@@ -53,10 +56,15 @@ def compare(
     from oneira.platform.console import json_on_stdout
 
     with json_on_stdout(as_json) as emit:
-        from .comparing import comparison_page, describe_run
+        from .comparing import comparison_page, describe_run, panel_of
+        from .contact import check_sheet, contact_sheet
         from .settings import load_classifier
 
+        if sheet is not None:
+            check_sheet(sheet)
         reader = load_classifier(classifier) if classifier else None
         rows = [describe_run(run, reader) for run in runs]
         print(comparison_page(rows, out, classifier))
-        emit({"runs": rows, "page": str(out)})
+        if sheet is not None:
+            print(contact_sheet([panel_of(row) for row in rows], sheet))
+        emit({"runs": rows, "page": str(out), "sheet": str(sheet) if sheet else None})

@@ -1,4 +1,4 @@
-"""One page with the scores and samples of several runs side by side: what `oneira compare` writes."""
+"""Scores and samples of several runs side by side, as a page and as a contact sheet: what `oneira compare` writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .datasets import first_rows
 from .learning import scores_of
 from .models import load_model
 from .scores import SAMPLES, classifier_scores, samples_per_second
-from .settings import ModelRun, samples_picture
+from .settings import ModelRun, report_pictures, samples_picture
 
 TIMED = 16  # samples
 TEXTS = 3  # texts of a model that are shown
@@ -48,6 +48,14 @@ def describe_run(name: str, classifier: Classifier | None = None) -> dict[str, A
         "picture": str(picture) if picture else None,
         "texts": model.sample(TEXTS, 0) if model.space.kind == "text" and model.can_sample else [],
     }  # fmt: skip
+
+
+def panel_of(row: dict[str, Any]) -> tuple[str, Any, list[str]]:
+    """What a contact sheet shows of what `describe_run` said: samples, or of a model without any what its report shows first."""
+    picture = row["picture"]
+    if picture is None and not row["texts"]:
+        picture = next(iter(report_pictures(Run.open(row["path"])).values()), None)
+    return row["run"], picture, row["texts"]
 
 
 def comparison_page(rows: Sequence[dict[str, Any]], out: Path, classifier: str = "") -> Path:

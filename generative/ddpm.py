@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from .diffusion import Network, Prediction, Row, Sampler, Schedule, advance, pla
 from .gpt import sines
 from .interpolation import arc
 from .models import GenerativeModel
+from .noise import Noise
 from .spaces import Space, sheet, visible
 
 LEFT_OUT = 0.1  # the share of rows whose label is left out in training
@@ -105,30 +107,27 @@ class DDPM(GenerativeModel):
             raise UsageError(f"Wanted are {count} labels in [0, {self.space.classes}).")
         return labels.to(self.device)
 
-    def sample(
-        self,
-        n: int,
-        seed: int,
-        *,
-        steps: int = 0,
-        sampler: Sampler = "ddim",
-        guidance: float | None = None,
+    def draw(
+        self, noise: Noise, *, steps: int = 0, sampler: Sampler = "ddim", guidance: float | None = None,
         labels: Tensor | None = None,
-    ) -> Tensor:
-        """`n` pictures uint8 [n, H, W, C]; a picture depends on seed, its place and its own settings, not on n.
+    ) -> Tensor:  # fmt: skip
+        """Pictures uint8 [n, H, W, C]; a picture depends on seed, its place and its own settings, not on n.
 
         Args:
             steps: 0 means those of the config, as does no guidance. guidance: see `diffusion.Row`.
             labels: int64 [n] of a conditional model; by default all labels by turns.
         """
-        self.generator(seed)  # refuses what is no seed
         guidance = self.config.guidance if guidance is None else guidance
         if not self.config.conditional:
             guidance = 1.0  # there is nothing to be guided by
         elif labels is None:
-            labels = torch.arange(n) % self.space.classes
-        rows = [self._begin(seed, i, steps or self.config.steps, sampler, guidance) for i in range(n)]
-        return self._finish(rows, self._labels(labels, n))
+            labels = noise.places % self.space.classes
+        told = self._labels(labels, len(noise))
+        rows = [self._begin(seed, i, steps or self.config.steps, sampler, guidance) for seed, i in noise.rows]
+        return self._finish(rows, told)
+
+    def check(self, *, steps: int = 0, sampler: Sampler = "ddim", **_: Any) -> None:
+        plan(self.config.schedule, sampler, steps or self.config.steps)
 
     def _begin(self, seed: int, i: int, steps: int, sampler: Sampler, guidance: float = 1.0) -> Row:
         mixed = int(np.random.SeedSequence((seed, i)).generate_state(1)[0])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from oneira.platform.errors import ConfigError, NumericalError
 
 from .models import GenerativeModel
+from .noise import Noise
 from .spaces import Space
 
 ALARM = 50.0  # nats by which the chains' energy may lie below the data's, on average
@@ -79,7 +80,7 @@ class EBM(GenerativeModel):
             return 2 * torch.randn(size, generator=generator, device=place)
         return 2 * torch.rand(size, generator=generator, device=place) - 1
 
-    def langevin(self, x: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+    def langevin(self, x: Tensor, steps: int, noise: Noise) -> Tensor:
         """`steps` steps from x [B, ...], by the energy's own gradient; pixels stay within [-1, 1]."""
         wanted = [p.requires_grad for p in self.parameters()]
         self.requires_grad_(False)
@@ -88,8 +89,8 @@ class EBM(GenerativeModel):
                 x = x.detach().requires_grad_()
                 with torch.enable_grad():
                     (slope,) = torch.autograd.grad(self.energy(x).sum(), x)
-                noise = torch.randn(x.shape, generator=generator, device=x.device)
-                x = x.detach() - self.config.step**2 / 2 * slope.clamp(-100, 100) + self.config.step * noise
+                push = self.config.step * noise.normal(*x.shape[1:])
+                x = x.detach() - self.config.step**2 / 2 * slope.clamp(-100, 100) + push
                 if self.space.kind == "pictures":
                     x = x.clamp(-1, 1)
         finally:
@@ -107,7 +108,7 @@ class EBM(GenerativeModel):
         start = self.buffer[rows]
         is_fresh = torch.rand(len(rows), generator=generator, device=true.device) < self.config.fresh
         start[is_fresh] = self._noise(int(is_fresh.sum()), generator)
-        end = self.langevin(start, self.config.steps, generator)
+        end = self.langevin(start, self.config.steps, Noise([(len(start), generator)]))
         if self.training:
             self.buffer[rows] = end
         e_true, e_chains = self.energy(true), self.energy(end)
@@ -121,11 +122,9 @@ class EBM(GenerativeModel):
         return gap + pull, {"gap": gap.detach(), "energy": e_true.mean().detach()}
 
     @torch.no_grad()
-    def sample(self, n: int, seed: int) -> Tensor:
-        """`n` rows after `sweeps` Langevin steps, each chain from a row of the buffer drawn by chance."""
-        generator = self.generator(seed)
-        rows = torch.randint(len(self.buffer), (n,), generator=generator, device=self.device)
-        x = self.langevin(self.buffer[rows], self.config.sweeps, generator)
+    def draw(self, noise: Noise) -> Tensor:
+        """Rows after `sweeps` Langevin steps, each chain from a row of the buffer drawn by chance."""
+        x = self.langevin(self.buffer[noise.integers(len(self.buffer))], self.config.sweeps, noise)
         return x if self.space.kind == "points" else self.space.to_levels(x)
 
     @torch.no_grad()

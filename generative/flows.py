@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .interpolation import arc
 from .models import GenerativeModel
+from .noise import Noise
 
 
 class Flow(GenerativeModel):
@@ -83,10 +84,9 @@ class Flow(GenerativeModel):
         return self.to_rows(self.invert(z.to(self.device)))
 
     @torch.no_grad()
-    def sample(self, n: int, seed: int, temperature: float = 1.0) -> Tensor:
-        """`n` rows from z of a normal distribution with standard deviation `temperature`."""
-        z = torch.randn(n, *self.space.shape, generator=self.generator(seed), device=self.device)
-        return self.decode(temperature * z)
+    def draw(self, noise: Noise, *, temperature: float = 1.0) -> Tensor:
+        """Rows from z of a normal distribution with standard deviation `temperature`."""
+        return self.decode(temperature * noise.normal(*self.space.shape))
 
     def interpolate(self, a: Tensor, b: Tensor, count: int) -> Tensor:
         """`count` rows from row a [...] to row b [...], along the arc between their z."""

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from oneira.platform.errors import ConfigError, UsageError, did_you_mean
 
 from .models import GenerativeModel
+from .noise import Noise
 from .scores import coverage, features_of
 from .spaces import Space
 
@@ -127,13 +128,18 @@ class GAN(GenerativeModel):
             labels = torch.arange(len(z)) % self.space.classes
         if labels is not None and not self.config.conditional:
             raise UsageError("This model was trained without labels; it cannot be asked for one.")
+        if labels is not None and not (
+            len(labels) == len(z) and 0 <= labels.min() <= labels.max() < self.space.classes
+        ):
+            raise UsageError(f"Wanted are {len(z)} labels in [0, {self.space.classes}).")
         x = self.painter(z.to(self.device), None if labels is None else labels.to(self.device))
         return self.space.to_levels(x.permute(0, 2, 3, 1))
 
-    def sample(self, n: int, seed: int, labels: Tensor | None = None) -> Tensor:
-        """`n` pictures uint8 [n, H, W, C]; of a conditional one, of labels int64 [n], or of all labels by turns."""
-        z = torch.randn(n, self.config.z, generator=self.generator(seed), device=self.device)
-        return self.decode(z, labels).contiguous()
+    def draw(self, noise: Noise, *, labels: Tensor | None = None) -> Tensor:
+        """Pictures uint8 [n, H, W, C]; of a conditional one, of labels int64 [n], or of all labels by turns."""
+        if self.config.conditional and labels is None:
+            labels = noise.places % self.space.classes
+        return self.decode(noise.normal(self.config.z), labels).contiguous()
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """mode_collapse: 1.0 where the samples lie near so few true rows that the painter paints only some kinds."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,16 +27,17 @@ from oneira.platform.checkpoints import json_bytes
 from oneira.platform.config import from_dict, to_dict
 from oneira.platform.errors import DataError, UsageError, did_you_mean
 from oneira.platform.presets import load_entry_point, preset_names
-from oneira.platform.runs import Run, find_run, place_of, runs_folder
+from oneira.platform.runs import find_run, place_of, runs_folder
 
+from .finding import CARD, WEIGHTS, find_model
+from .noise import Noise
 from .spaces import Space
 
 ABILITIES = ("encode", "decode", "log_prob", "interpolate", "complete")
-CARD, WEIGHTS = "model.json", "model.safetensors"
 
 
 class GenerativeModel(nn.Module, ABC):
-    """A model of the rows of one space. Whoever writes one gives it `kind`, `Config`, `loss` and `sample`, and may add:
+    """A model of the rows of one space. Whoever writes one gives it `kind`, `Config`, `loss` and `draw`, and may add:
 
     encode(x) -> z and decode(z) -> x, float32 [N, ...]; with `invertible` each undoes the other.
     log_prob(x) -> float32 [N], nats a row; of pictures it is of the discrete picture, or a lower bound of it.
@@ -56,14 +57,39 @@ class GenerativeModel(nn.Module, ABC):
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(scalar to minimise, named scalars to log) of rows batch["x"] and, where there are labels, batch["y"]."""
 
-    def sample(self, n: int, seed: int) -> Any:
-        """`n` rows of the space. The same seed gives the same rows; no other randomness is used."""
-        raise UsageError(f"The model '{self.kind}' cannot be sampled from.")
+    def draw(self, noise: Noise) -> Any:
+        """A row of the space for each of the noise's, from that row's noise alone; no other randomness is used.
+
+        Keyword-only arguments that a family adds are settings, which `sample` passes on. Who writes `sample` instead need
+        not write this; then groups are drawn one after another.
+        """
+        if not self.can_sample:
+            raise UsageError(f"The model '{self.kind}' cannot be sampled from.")
+        parts = [self.sample(count, generator.initial_seed()) for count, generator in noise.groups]
+        return torch.cat(parts) if isinstance(parts[0], Tensor) else [row for part in parts for row in part]
+
+    def check(self, **settings: Any) -> None:
+        """Raises UsageError for settings that `draw` would refuse whatever the rows; it draws nothing."""
+
+    def sample(self, n: int, seed: int, **settings: Any) -> Any:
+        """`n` rows of the space: float32 or uint8 [n, ...], or a list of texts. The same seed gives the same rows.
+
+        Args:
+            settings: see the family's `draw`.
+
+        Raises:
+            UsageError: a model that cannot be sampled from, a negative seed, a setting that makes no sense.
+        """
+        return self.draw(self.noise([(n, seed)]), **settings)
+
+    def noise(self, groups: Sequence[tuple[int, int]]) -> Noise:
+        """The noise of groups (rows, seed) that are drawn together, each as if it were alone."""
+        return Noise([(n, self.generator(seed)) for n, seed in groups])
 
     @property
     def can_sample(self) -> bool:
-        """Whether this model has a `sample` of its own."""
-        return type(self).sample is not GenerativeModel.sample
+        """Whether this model has a `draw` or a `sample` of its own."""
+        return (type(self).draw, type(self).sample) != (GenerativeModel.draw, GenerativeModel.sample)
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """Scores beyond those that all models have (`scores.score_model`), of test rows batch["x"] and batch["y"]."""
@@ -130,20 +156,12 @@ def load_model(name: str | Path) -> GenerativeModel:
         UsageError: there is nothing of that name; the message gives the nearest.
         DataError: it is not a trained generative model.
     """
-    place = place_of(name)
-    for folder in (Path(name).expanduser(), place, place / "model"):
-        if (folder / CARD).is_file():
-            return read_model(folder)
-    if str(name) in preset_names() and not place.exists():
-        return read_model(_newest(str(name)) / "model")
-    if not place.exists() and not Path(name).exists():
-        known = {folder.name for folder in runs_folder()} | set(preset_names())
+    folder = find_model(name)
+    if folder is not None:
+        return read_model(folder)
+    if not place_of(name).exists() and not Path(name).exists():
+        if str(name) in preset_names():
+            raise UsageError(f"There is no trained run of '{name}' in 'runs/'. Make one: oneira train {name}")
+        known = {run.name for run in runs_folder()} | set(preset_names())
         raise UsageError(f"There is no run, preset or model '{name}'. {did_you_mean(Path(name).name, known)}")
     raise DataError(f"The run '{find_run(name)}' holds no trained generative model.")
-
-
-def _newest(preset: str) -> Path:
-    for folder in reversed(runs_folder()):
-        if (folder / "model" / CARD).is_file() and Run.open(folder).preset == preset:
-            return folder
-    raise UsageError(f"There is no trained run of '{preset}' in 'runs/'. Make one: oneira train {preset}")

@@ -22,6 +22,7 @@ from oneira.platform.errors import ConfigError
 
 from .ddpm import UNet
 from .models import GenerativeModel
+from .noise import Noise
 from .spaces import Space
 
 
@@ -95,17 +96,15 @@ class NCSN(GenerativeModel):
         return (self._noise_said(noisy, level) + noise).square().mean(), {}
 
     @torch.no_grad()
-    def sample(self, n: int, seed: int) -> Tensor:
-        """`n` rows, by `steps` Langevin steps at each sigma from the largest down."""
-        generator = self.generator(seed)
+    def draw(self, noise: Noise) -> Tensor:
+        """Rows by `steps` Langevin steps at each sigma from the largest down."""
         height, *rest = self.space.shape
-        shape = (n, height) if self.space.kind == "points" else (n, rest[1], height, rest[0])
-        x = self.config.first * torch.randn(shape, generator=generator, device=self.device)
+        shape = (height,) if self.space.kind == "points" else (rest[1], height, rest[0])
+        x = self.config.first * noise.normal(*shape)
         for level, sigma in enumerate(self.sigmas.tolist()):
             size = self.config.step * sigma**2
             for _ in range(self.config.steps):
-                noise = torch.randn(shape, generator=generator, device=self.device)
-                x = x + size * self.score(x, level) + (2 * size) ** 0.5 * noise
+                x = x + size * self.score(x, level) + (2 * size) ** 0.5 * noise.normal(*shape)
         x = x + self.sigmas[-1] ** 2 * self.score(x, self.config.levels - 1)
         if self.space.kind == "points":
             return x

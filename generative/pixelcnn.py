@@ -26,6 +26,7 @@ from oneira.platform.errors import ConfigError, UsageError, did_you_mean
 
 from .choosing import draw
 from .models import GenerativeModel
+from .noise import Noise
 from .spaces import Space
 
 HEADS = ("softmax", "logistic")
@@ -102,12 +103,11 @@ class PixelCNN(GenerativeModel):
         """What is said of each number in order, [B, H * W * C, numbers]."""
         return self._said(x).flatten(1, 3)
 
-    def sample(self, n: int, seed: int, cached: bool = True) -> Tensor:
-        """`n` pictures uint8 [n, H, W, C]. Not `cached`: by one whole pass for each number; the same pictures."""
-        nothing = torch.zeros(n, *self.space.shape, dtype=torch.uint8)
-        return self.complete(nothing, torch.zeros_like(nothing, dtype=torch.bool), seed, cached=cached)
+    def draw(self, noise: Noise, *, cached: bool = True) -> Tensor:
+        """Pictures uint8 [n, H, W, C]. Not `cached`: by one whole pass for each number; the same pictures."""
+        nothing = torch.zeros(len(noise), *self.space.shape, dtype=torch.uint8, device=self.device)
+        return self._fill(nothing, torch.zeros_like(nothing, dtype=torch.bool), noise, cached)
 
-    @torch.no_grad()
     def complete(self, x: Tensor, known: Tensor, seed: int, cached: bool = True) -> Tensor:
         """Pictures of which the numbers `known` (bool [n, H, W, C] or one picture's) are given, the others drawn in order.
 
@@ -117,7 +117,12 @@ class PixelCNN(GenerativeModel):
         if x.shape[1:] != self.space.shape:
             raise UsageError(f"Pictures of shape {list(x.shape[1:])}; this model's are {list(self.space.shape)}.")
         x[~known] = 0
-        uniform = torch.rand(x.shape, generator=self.generator(seed), device=self.device)
+        return self._fill(x, known, self.noise([(len(x), seed)]), cached)
+
+    @torch.no_grad()
+    def _fill(self, x: Tensor, known: Tensor, noise: Noise, cached: bool) -> Tensor:
+        """Draws what is not known of pictures uint8 [n, H, W, C], in place."""
+        uniform = noise.uniform(*self.space.shape)
         levels = torch.arange(self.space.levels, device=self.device).expand(len(x), -1)
         cache = self._empty_cache(len(x))
         height, width, channels = self.space.shape

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from oneira.platform.errors import ConfigError
 
 from .models import GenerativeModel
+from .noise import Noise
 from .spaces import Space
 
 
@@ -70,7 +71,7 @@ class RBM(GenerativeModel):
         """Mean F(data) - mean F(chains): its gradient is that of -log p, with the chains in place of the model's own rows."""
         v = self.shares(batch["x"])
         start = self.chains if self.config.chains else torch.bernoulli(v, generator=generator)
-        end = self.gibbs(start, self.config.gibbs, generator)
+        end = self.gibbs(start, self.config.gibbs, Noise([(len(start), generator)]))
         if self.training and self.config.chains:
             self.chains.copy_(end)
         loss = self.free_energy(v).mean() - self.free_energy(end).mean()
@@ -83,22 +84,19 @@ class RBM(GenerativeModel):
         return torch.sigmoid(h @ self.weight.T + self.visible)
 
     @torch.no_grad()
-    def gibbs(self, v: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+    def gibbs(self, v: Tensor, steps: int, noise: Noise) -> Tensor:
         """`steps` times hidden bits from visible ones and back; bits [B, D]."""
         for _ in range(steps):
-            h = torch.bernoulli(self._mean_hidden(v), generator=generator)
-            v = torch.bernoulli(self._mean_visible(h), generator=generator)
+            h = noise.bits(self._mean_hidden(v))
+            v = noise.bits(self._mean_visible(h))
         return v
 
     @torch.no_grad()
-    def sample(self, n: int, seed: int) -> Tensor:
-        """`n` pictures after `sweeps` Gibbs steps from bits by chance; shown are the probabilities of the last step."""
-        generator = self.generator(seed)
-        v = torch.bernoulli(torch.sigmoid(self.visible).expand(n, -1), generator=generator)
-        v = self.gibbs(v, self.config.sweeps - 1, generator)
-        h = torch.bernoulli(self._mean_hidden(v), generator=generator)
-        levels = self._mean_visible(h) * (self.space.levels - 1)
-        return levels.round().to(torch.uint8).reshape(n, *self.space.shape)
+    def draw(self, noise: Noise) -> Tensor:
+        """Pictures after `sweeps` Gibbs steps from bits by chance; shown are the probabilities of the last step."""
+        v = noise.bits(torch.sigmoid(self.visible).expand(len(noise), -1))
+        v = self.gibbs(v, self.config.sweeps - 1, noise)
+        return self.decode(noise.bits(self._mean_hidden(v)))
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from oneira.platform.errors import DataError, UsageError
 
 from .classifier import Classifier
 from .datasets import DataConfig, Dataset, Rows, batches, first_rows, load_data
+from .finding import CARD
 from .learning import learn, lesson_report, seed_of, smoke_of
-from .models import CARD, GenerativeModel, load_model
+from .models import GenerativeModel, load_model
 from .scores import mean_nats, score_model, to_tensors
 from .spaces import write_samples
 from .training import TrainSettings

@@ -25,6 +25,7 @@ from oneira.platform.errors import UsageError
 
 from .choosing import check_choice, draw, narrowed
 from .models import GenerativeModel
+from .noise import Noise
 from .spaces import BEGIN, END, PAD
 
 
@@ -69,9 +70,17 @@ class TextModel(GenerativeModel):
         """The logits of each token of x, given those before, [B, L, V]; of the first, given that a text begins."""
         return self.logits(torch.cat([torch.full_like(x[:, :1], self.first_token), x[:, :-1]], 1))
 
-    def sample(self, n: int, seed: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[str]:
-        """`n` texts from their beginning; see `choosing.narrowed`. The same seed gives the same texts."""
-        return self.complete([""] * n, seed, temperature=temperature, top_k=top_k, top_p=top_p)
+    def draw(
+        self, noise: Noise, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, beginning: str = ""
+    ) -> list[str]:
+        """Whole texts, all with the same beginning; see `choosing.narrowed`, and `complete` for what is refused."""
+        return self._finish([beginning] * len(noise), noise.rows, (temperature, top_k, top_p))
+
+    def check(
+        self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, beginning: str = "", **_: Any
+    ) -> None:
+        check_choice(temperature, top_k, top_p)
+        self._read([beginning])
 
     def complete(
         self, beginnings: Sequence[str], seed: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
@@ -81,21 +90,34 @@ class TextModel(GenerativeModel):
         Raises:
             UsageError: a beginning that fills all places, or settings that make no sense.
         """
-        check_choice(temperature, top_k, top_p)
-        reader = self.space.reader()
-        given = [[self.first_token, *encoding.ids] for encoding in reader.encode_batch(list(beginnings))]
+        self.generator(seed)  # refuses what is no seed
+        rows = [(seed, row) for row in range(len(beginnings))]
+        return self._finish(beginnings, rows, (temperature, top_k, top_p))
+
+    def _finish(
+        self, beginnings: Sequence[str], chances: Sequence[tuple[int, int]], choice: tuple[float, int, float]
+    ) -> list[str]:
+        """The whole texts; chances: seed and place of each, from which its draws come."""
+        check_choice(*choice)
+        given, reader = self._read(beginnings), self.space.reader()
+        texts = [""] * len(given)
+        for length in sorted({len(tokens) for tokens in given}):  # texts that begin with as many tokens go on together
+            rows = [row for row, tokens in enumerate(given) if len(tokens) == length]
+            uniform = torch.stack([self._uniform(*chances[row]) for row in rows])
+            tokens = torch.tensor([given[row] for row in rows], device=self.device)
+            for row, whole in zip(rows, self._go_on(tokens, uniform, choice), strict=True):
+                texts[row] = reader.decode(whole)
+        return texts
+
+    def _read(self, beginnings: Sequence[str]) -> list[list[int]]:
+        """The tokens of each beginning. Raises UsageError where one fills all places."""
+        read = self.space.reader().encode_batch(list(beginnings))
+        given = [[self.first_token, *encoding.ids] for encoding in read]
         if given and max(map(len, given)) >= self.longest:
             raise UsageError(
                 f"A beginning has {max(map(len, given)) - 1} tokens; at most {self.longest - 2} leave room."
             )
-        texts = [""] * len(given)
-        for length in sorted({len(tokens) for tokens in given}):  # texts that begin with as many tokens go on together
-            rows = [row for row, tokens in enumerate(given) if len(tokens) == length]
-            uniform = torch.stack([self._uniform(seed, row) for row in rows])
-            tokens = torch.tensor([given[row] for row in rows], device=self.device)
-            for row, whole in zip(rows, self._go_on(tokens, uniform, (temperature, top_k, top_p)), strict=True):
-                texts[row] = reader.decode(whole)
-        return texts
+        return given
 
     def _uniform(self, seed: int, row: int) -> Tensor:
         """The numbers by which a row's tokens are drawn, one for each place."""

@@ -16,13 +16,12 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from oneira.multimodal.stages import PictureRequest
 from oneira.platform.errors import DataError
 
 from .engine import Engine, Stopping, Work
 from .line import Line
-from .models import KINDS, kind_of, load_models
-from .service import Service
+from .models import kind_of, load_models, needed_kinds
+from .service import Request, Service
 
 Layout = Literal["fused", "split"]
 ACTOR_CPUS = 0.1
@@ -61,7 +60,7 @@ def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Appli
     host = serve.deployment(
         ray_actor_options=actor, max_ongoing_requests=2 * serving.rows, autoscaling_config=scale, **common
     )(Host)
-    hosts = {kind: host.options(name=kind).bind(serving, kind) for kind in KINDS}
+    hosts = {kind: host.options(name=kind).bind(serving, kind) for kind in needed_kinds(serving.models)}
     ingress = serve.deployment(name="ingress", ray_actor_options={"num_cpus": ACTOR_CPUS}, **front)(
         serve.ingress()(Split)
     )
@@ -107,7 +106,7 @@ class Host:
         """Names of the stages that are here, by model."""
         return {model: list(stages) for model, stages in self.engine.models.items()}
 
-    async def run(self, model: str, stage: str, request: PictureRequest, state: Mapping[str, Any]) -> Work:
+    async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         """As `Engine.run`."""
         return await self.engine.run(model, stage, request, state)
 
@@ -121,7 +120,7 @@ class Split(_Ingress):
 
     async def __init__(self, serving: Serving, hosts: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         self.key = serving.key
-        found = await asyncio.gather(*(hosts[kind].stages.remote() for kind in KINDS))
+        found = await asyncio.gather(*(hosts[kind].stages.remote() for kind in hosts))
         names: dict[str, list[str]] = {}
         for stages in found:  # in the order of kinds, which is that of the stages
             for model, those in stages.items():
@@ -142,7 +141,7 @@ class Remote:
     def __init__(self, hosts: Mapping[str, Any]) -> None:
         self._hosts = hosts
 
-    async def run(self, model: str, stage: str, request: PictureRequest, state: Mapping[str, Any]) -> Work:
+    async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         """As `Engine.run`. A caller who is cancelled cancels it there as well."""
         response = self._hosts[kind_of(stage)].run.remote(model, stage, request, state)
         try:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from oneira.platform.devices import LocalDevice, num_cores
 
 if TYPE_CHECKING:
-    from oneira.multimodal.stages import PictureRequest, Stage, State
+    from oneira.multimodal.stages import Stage, State
 
 Key = tuple[str, str]  # (model, stage)
 
@@ -46,7 +46,7 @@ class Work:
 
 @dataclass(eq=False)
 class _Job:
-    request: PictureRequest
+    request: Any
     state: Mapping[str, Any]
     answer: asyncio.Future
     plan: Any = None
@@ -76,8 +76,8 @@ class Engine:
 
         torch.set_num_threads(self._threads)  # of this thread; Ray gives a process one
 
-    async def run(self, model: str, stage: str, request: PictureRequest, state: Mapping[str, Any]) -> Work:
-        """Takes one picture through one stage.
+    async def run(self, model: str, stage: str, request: Any, state: Mapping[str, Any]) -> Work:
+        """Takes one request, for a picture or for samples, through one stage.
 
         Raises:
             Stopping: the engine is closed. Whatever the stage raises for this request.

@@ -4,37 +4,63 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from oneira.generative.finding import find_model
 from oneira.platform.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage
 
 LOADER = "oneira.multimodal.text_to_image:load_text_to_image"
-KINDS = ("text", "prior", "decoder", "upsampler")  # of stages, in their order: "upsampler-128" is of the last kind
+PICTURES = (
+    "text",
+    "prior",
+    "decoder",
+    "upsampler",
+)  # kinds of stages, in their order: "upsampler-128" is of the last kind
+KINDS = (*PICTURES, "sampler")
 
 
 def load_models(names: Sequence[str], loader: str, kinds: Sequence[str] = KINDS) -> dict[str, list[Stage]]:
     """The stages of each model that are of these kinds, in their order, by the model's own name.
 
     Args:
-        names: as `oneira serve --model` takes them.
-        loader: "module:function" of a function that gives for a name an object with `name` and `stages`.
+        names: as `oneira serve --model` takes them. One that `generative` finds has a sampler as its only stage.
+        loader: "module:function" of a function that gives for any other name an object with `name` and `stages`.
 
     Raises:
         UsageError: two models with one name, or no such loader. DataError: a stage of an unknown kind.
     """
     found: dict[str, list[Stage]] = {}
     for name in names:
-        model = _find(loader)(name)
-        if model.name in found:
-            raise UsageError(f"Two models are called '{model.name}'. Each may be served once.")
-        strange = [stage.name for stage in model.stages if kind_of(stage.name) not in KINDS]
+        if find_model(name) is not None:
+            called, stages = Path(name).name, _sampler(name) if "sampler" in kinds else []
+        else:
+            model = _find(loader)(name)
+            called, stages = model.name, model.stages
+        if called in found:
+            raise UsageError(f"Two models are called '{called}'. Each may be served once.")
+        strange = [stage.name for stage in stages if kind_of(stage.name) not in KINDS]
         if strange:
-            raise DataError(f"Model '{model.name}' has a stage '{strange[0]}'. Allowed kinds: {', '.join(KINDS)}.")
-        found[model.name] = [stage for stage in model.stages if kind_of(stage.name) in kinds]
+            raise DataError(f"Model '{called}' has a stage '{strange[0]}'. Allowed kinds: {', '.join(KINDS)}.")
+        found[called] = [stage for stage in stages if kind_of(stage.name) in kinds]
     return found
+
+
+def needed_kinds(names: Sequence[str]) -> list[str]:
+    """The kinds of stages that models of these names have."""
+    generative = [find_model(name) is not None for name in names]
+    return [*(PICTURES if not all(generative) else ()), *(["sampler"] if any(generative) else [])]
+
+
+def _sampler(name: str) -> list[Any]:
+    from oneira.generative.models import load_model
+
+    from .sampling import SampleStage
+
+    return [SampleStage(load_model(name).requires_grad_(False))]
 
 
 def kind_of(stage: str) -> str:

@@ -15,6 +15,7 @@ MAX_PROMPT = 1000  # characters, as OpenAI's own models of this design
 MAX_STEPS = 250
 MAX_FRAMES = 16
 MAX_TEXTS = 256
+MAX_SAMPLES = 64
 SEEDS = 2**63
 
 
@@ -92,6 +93,31 @@ class Embedding(_Asked):
     model: str = Field(max_length=200)
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, le=65536, description="Only the model's own number.")
+    user: str | None = Field(None, max_length=512, description="Not kept.")
+
+
+class Params(_Asked):
+    """Settings of a model's samples; each model has some of them."""
+
+    temperature: float | None = Field(None, ge=0, le=10)
+    top_k: int | None = Field(None, ge=0, le=100_000)
+    top_p: float | None = Field(None, gt=0, le=1)
+    beginning: str | None = Field(None, max_length=MAX_PROMPT, description="What each text begins with.")
+    labels: int | Annotated[list[int], Field(min_length=1, max_length=MAX_SAMPLES)] | None = Field(
+        None, description="Of all samples, or of each."
+    )
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    guidance: float | None = Field(None, ge=0, le=50)
+    sampler: Literal["ddpm", "ddim", "dpm++"] | None = None
+
+
+class Sample(_Asked):
+    """POST /v1/samples: of a generative model."""
+
+    model: str | None = Field(None, max_length=200, description="One of /v1/models; by default the first that samples.")
+    n: int | None = Field(None, ge=1, le=MAX_SAMPLES)
+    seed: int | None = Field(None, ge=0, lt=SEEDS, description="The same seed and n give the same samples.")
+    params: Params | None = None
     user: str | None = Field(None, max_length=512, description="Not kept.")
 
 

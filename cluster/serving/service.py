@@ -19,14 +19,16 @@ from oneira.platform.errors import DataError
 
 from .engine import Work
 from .line import Line, Ticket
+from .sampling import SampleRequest, SampleStage
 
+Request = PictureRequest | SampleRequest
 FIRST_PROMPT = "a red circle"
 
 
 class Way(Protocol):
     """Where the stages are. `Engine` is one."""
 
-    async def run(self, model: str, stage: str, request: PictureRequest, state: Mapping[str, Any]) -> Work: ...
+    async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work: ...
 
 
 class Measures:
@@ -61,25 +63,30 @@ class Service:
 
     Attributes:
         models: names of the stages by name of the model. sizes: of the pictures that each model can give, rising, and
-            embedding: its number of dimensions, both known after `begin`. ready: pictures are made.
+            embedding: its number of dimensions; samples: what a model of samples gives, "points", "pictures" or "text"; all
+            known after `begin`. ready: pictures are made.
     """
 
     def __init__(self, way: Way, models: Mapping[str, Sequence[str]], line: Line | None = None) -> None:
         self.models = dict(models)
         self.sizes: dict[str, list[int]] = {}
         self.embedding: dict[str, int] = {}
+        self.samples: dict[str, str] = {}
         self.ready = False
         self.line = line or Line()
         self.measures = Measures(self.line)
         self._way = way
 
     async def begin(self) -> None:
-        """Makes one picture with each model, which loads and compiles what is left to be, and tells what it makes.
+        """Makes one picture or sample with each model, which loads and compiles what is left to be, and tells what it makes.
 
         Raises:
             DataError: a model makes no picture.
         """
         for model in self.models:
+            if self.models[model] == [SampleStage.name]:
+                self.samples[model] = str((await self.sample(model, SampleRequest()))["kind"])
+                continue
             sizes: list[int] = []
 
             def note(_: int, picture: np.ndarray, sizes: list[int] = sizes) -> None:
@@ -114,8 +121,13 @@ class Service:
         """The state of each request as soon as it has `name`: "text_embedding" or "image_embedding". Raises as `draw`."""
         return await self._all(model, requests, lambda state: name in state, None)
 
+    async def sample(self, model: str, request: SampleRequest) -> State:
+        """A state with `samples` and their `kind`. Raises as `draw`; UsageError for what the model cannot do."""
+        [state] = await self._all(model, [request], lambda state: False, None)
+        return state
+
     async def _all(
-        self, model: str, requests: Sequence[PictureRequest], enough: Callable[[State], bool],
+        self, model: str, requests: Sequence[Request], enough: Callable[[State], bool],
         on_picture: Callable[[int, np.ndarray], None] | None,
     ) -> list[State]:  # fmt: skip
         async with self.line.request(len(requests)) as ticket:
@@ -130,7 +142,7 @@ class Service:
         return [task.result() for task in tasks]
 
     async def _one(
-        self, ticket: Ticket, model: str, request: PictureRequest, enough: Callable[[State], bool],
+        self, ticket: Ticket, model: str, request: Request, enough: Callable[[State], bool],
         on_picture: Callable[[int, np.ndarray], None] | None, number: int,
     ) -> State:  # fmt: skip
         state: State = {}

@@ -31,7 +31,8 @@ from .asking import CLIENT_GONE, ApiError, ClientGone, as_api_error, gone, read_
 from .engine import Stopping
 from .line import Full
 from .pictures import Shelf, from_data_url, read_edit, read_picture, write_picture
-from .schema import SEEDS, Edit, Embedding, Generation, Interpolation, Prompt, Variation, body, form
+from .sampling import SampleRequest
+from .schema import SEEDS, Edit, Embedding, Generation, Interpolation, Prompt, Sample, Variation, body, form
 from .service import Service
 
 MAX_BODY = 1 << 20  # bytes, where no pictures are in it
@@ -70,6 +71,7 @@ class _Routes:
             ("/v1/images/variations", self.variations, form(Variation, image)),
             ("/v1/images/interpolations", self.interpolations, body(Interpolation)),
             ("/v1/embeddings", self.embeddings, body(Embedding)),
+            ("/v1/samples", self.samples, body(Sample)),
         )
         wrong: dict[int | str, dict[str, Any]] = {"default": {"description": "What is wrong, in OpenAI's shape"}}
         for path, function, asked in posts:
@@ -150,6 +152,25 @@ class _Routes:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": model, "usage": usage})
 
+    async def samples(self, request: Request) -> Response:
+        """Samples of a generative model: points, pictures or texts."""
+        asked = await read_json(request, Sample)
+        model, seed = self._model(asked.model, sampled=True), _seed(asked)
+        params = asked.params.model_dump(exclude_none=True) if asked.params else {}
+        wanted = SampleRequest(n=asked.n or 1, seed=seed, params=params)
+        try:
+            state = await while_there(request, self.service.sample(model, wanted))
+        except UsageError as error:
+            raise ApiError(400, str(error), param="params", code="invalid_value") from error
+        kind, rows = str(state["kind"]), state["samples"]
+        if kind == "pictures":
+            written = await asyncio.to_thread(lambda: [base64.b64encode(write_picture(row)).decode() for row in rows])
+            data = [{"b64_json": picture} for picture in written]
+        else:
+            data = [{"text" if kind == "text" else "point": row} for row in rows.tolist()]
+        about = {"created": int(time.time()), "model": model, "kind": kind, "seed": seed}
+        return JSONResponse({"object": "list", **about, "data": data})
+
     async def _embed(self, model: str, wanted: list[PictureRequest]) -> list[State]:
         """In parts that fit into an empty line, one after the other."""
         part, found = self.service.line.places, []
@@ -163,6 +184,8 @@ class _Routes:
 
     async def one_model(self, model: str) -> Response:
         """One model."""
+        if model in self.service.samples:
+            return JSONResponse(self._describe(model))
         return JSONResponse(self._describe(self._model(model)))
 
     async def file(self, name: str) -> Response:
@@ -186,14 +209,22 @@ class _Routes:
 
     def _describe(self, name: str) -> dict[str, Any]:
         sizes = [f"{size}x{size}" for size in self.service.sizes.get(name, [])]
-        return {"id": name, "object": "model", "created": self.born, "owned_by": "oneira", "sizes": sizes}
+        of = {"samples": self.service.samples[name]} if name in self.service.samples else {"sizes": sizes}
+        return {"id": name, "object": "model", "created": self.born, "owned_by": "oneira", **of}
 
-    def _model(self, name: str | None) -> str:
+    def _model(self, name: str | None, sampled: bool = False) -> str:
+        """The model that is asked for, or the first; of those that give samples, or of those that draw what a prompt says."""
         if not self.service.ready:
             raise Stopping
-        models = self.service.models
+        models = [model for model in self.service.models if (model in self.service.samples) == sampled]
+        if not models or (name not in models and name in self.service.models):
+            where = "/v1/samples" if not sampled else "/v1/images/generations"
+            message = (
+                f"{f'Model {name!r} is' if name in self.service.models else 'All models here are'} asked at {where}."
+            )
+            raise ApiError(400, message, param="model", code="model_not_supported")
         if name is None:
-            return next(iter(models))
+            return models[0]
         if name not in models:
             message = f"Unknown model '{name[:200]}'. {did_you_mean(name[:200], models)}"
             raise ApiError(404, message, param="model", code="model_not_found")

@@ -12,6 +12,7 @@ from torch import nn
 from oneira.generative.datasets import DataConfig, batches, first_rows, load_data
 from oneira.generative.ebm import EBM, EBMConfig, auroc
 from oneira.generative.ncsn import NCSN, NCSNConfig
+from oneira.generative.noise import Noise
 from oneira.generative.rbm import RBM, RBMConfig
 from oneira.generative.spaces import Space
 from oneira.generative.training import TrainSettings, fit
@@ -59,7 +60,7 @@ def test_gibbs_sampling_draws_from_the_models_distribution():
     model = small_rbm()
     with torch.no_grad():
         wanted = torch.softmax(-model.free_energy(every(6)), 0)
-    v = model.gibbs(torch.zeros(20_000, 6), 30, generator())
+    v = model.gibbs(torch.zeros(20_000, 6), 30, Noise([(20_000, generator())]))
     shares = torch.bincount((v @ (2.0 ** torch.arange(6))).long(), minlength=64) / 20_000
     assert (shares - wanted).abs().max() < 4 * (0.25 / 20_000) ** 0.5
 
@@ -149,7 +150,7 @@ class Bowl(nn.Module):
 def test_langevin_draws_from_a_known_energy():
     model = EBM(EBMConfig(step=0.3, buffer=4), Space(kind="points", shape=(2,)))
     model.network = Bowl()
-    x = model.langevin(torch.zeros(4000, 2), 300, generator())
+    x = model.langevin(torch.zeros(4000, 2), 300, Noise([(4000, generator())]))
     assert (x.mean(0) - 1).abs().max() < 0.06 and (x.std(0) - 1).abs().max() < 0.06
     assert model.network.centre.requires_grad and model.network.centre.grad is None
 

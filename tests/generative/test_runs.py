@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -153,6 +154,13 @@ def test_runs_are_compared(whole, command, tmp_path):
     assert page.count("data:image/png") == 4 and all(
         word in page for word in ("log_likelihood", "bits_per_dim", "frechet")
     )
+    done = command("compare", *names, "--out", tmp_path / "page.html", "--sheet", tmp_path / "sheet.png")
+    assert done.exit_code == 0, done.output
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        panels = np.array(sheet.convert("L"))[30:, 12:]  # the first is of points, the second of digits
+    assert (panels[:224, :224] < 200).any() and (panels[:224, 236:460] < 200).any()
+    wrong = command("compare", *names, "--sheet", tmp_path / "sheet.jpg")
+    assert isinstance(wrong.exception, UsageError) and "png" in str(wrong.exception)
     row = describe_run(names[0])
     assert (
         row["samples_per_s"] > 0
