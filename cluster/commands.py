@@ -73,10 +73,10 @@ def serve(
     key_file: Annotated[Path | None, typer.Option(help="The clients' key; else ONEIRA_API_KEY.")] = None,
     loader: Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="Who loads the models.")] = None,
 ) -> None:
-    """Serve text to image over HTTP, as OpenAI's Images API, until Ctrl-C."""
+    """Serve text to image, as OpenAI's Images API, and samples of generative models over HTTP until Ctrl-C."""
     from .connection import disconnect
     from .serving import serve as start
-    from .serving.models import LOADER
+    from .serving.models import LOADER, needed_kinds
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -86,13 +86,14 @@ def serve(
     settings: dict[str, Any] = {"layout": layout, "host": host, "port": port, "address": address}
     key = read_key(key_file)
     try:
-        with start(model or ["builtin"], key=key, loader=loader or LOADER, **settings) as server:
+        models = model or ["builtin"]
+        path, body = ("images/generations", '{"prompt": "a red circle"}')
+        if needed_kinds(models) == ["sampler"]:
+            path, body = "samples", '{"n": 4}'
+        with start(models, key=key, loader=loader or LOADER, **settings) as server:
             bearer = ' -H "Authorization: Bearer $ONEIRA_API_KEY"' if key else ""
             typer.echo(f"Serving on {server.url} (Ctrl-C stops)")
-            typer.echo(
-                f"curl {server.url}/v1/images/generations{bearer} -H 'Content-Type: application/json' "
-                '-d \'{"prompt": "a red circle"}\''
-            )
+            typer.echo(f"curl {server.url}/v1/{path}{bearer} -H 'Content-Type: application/json' -d '{body}'")
             while True:
                 time.sleep(3600)
     except KeyboardInterrupt:

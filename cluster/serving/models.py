@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneira.generative.finding import find_model
 from oneira.platform.errors import DataError, UsageError
+from oneira.platform.runs import place_of
 
 if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage
@@ -53,6 +54,15 @@ def needed_kinds(names: Sequence[str]) -> list[str]:
     """The kinds of stages that models of these names have."""
     generative = [find_model(name) is not None for name in names]
     return [*(PICTURES if not all(generative) else ()), *(["sampler"] if any(generative) else [])]
+
+
+def anywhere(name: str) -> str:
+    """The name of a generative model as a process in another folder understands it: a run or a folder by its whole path."""
+    if find_model(name) is not None:
+        for place in (place_of(name), Path(name).expanduser()):
+            if place.exists():
+                return str(place.absolute())
+    return name
 
 
 def _sampler(name: str) -> list[Any]:

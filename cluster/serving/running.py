@@ -18,7 +18,7 @@ from oneira.platform import errors
 from oneira.platform.errors import ClusterError, UsageError, did_you_mean
 
 from ..connection import connect
-from .models import LOADER
+from .models import LOADER, anywhere
 
 if TYPE_CHECKING:
     from .application import Layout
@@ -82,7 +82,7 @@ def serve(
     if ray_serve.status().proxies:
         raise ClusterError("This cluster serves already: one server a cluster. Stop the other one, or use --address.")
     resources = ray.cluster_resources()
-    serving = Serving(models=tuple(models), loader=loader, key=key)
+    serving = Serving(models=tuple(map(anywhere, models)), loader=loader, key=key)
     application = build(serving, layout, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
     server = Server(f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}")
     try:

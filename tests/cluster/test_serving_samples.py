@@ -13,7 +13,7 @@ from PIL import Image
 
 from oneira.cluster.serving.engine import Engine
 from oneira.cluster.serving.line import Line
-from oneira.cluster.serving.models import load_models, needed_kinds
+from oneira.cluster.serving.models import anywhere, load_models, needed_kinds
 from oneira.cluster.serving.service import Service
 from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.datasets import DataConfig, load_data
@@ -197,5 +197,6 @@ def test_what_cannot_be_sampled_is_not_served(folder):
     with pytest.raises(UsageError, match="nothing to sample"):
         load_models([str(folder / "reads")], "none:none")
     assert needed_kinds([str(folder / "says")]) == ["sampler"]
+    assert anywhere("tiny") == "tiny" and anywhere(str(folder / "says")) == str(folder / "says")
     assert needed_kinds(["tiny"]) == ["text", "prior", "decoder", "upsampler"]
     assert load_models([str(folder / "says")], "none:none", ["text"]) == {"says": []}
