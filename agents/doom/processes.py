@@ -6,6 +6,9 @@ of the owner, and a guard, one small shell for each owning process, waits on a p
 the guard ends the games that are still there and removes the folder and their shared memory. The guard has a session of its own, so
 that a Ctrl-C on the terminal does not reach it, and is nobody's child, because Ray kills the children of its workers first. The games
 ignore Ctrl-C: their owner closes them.
+
+ViZDoom waits for a game's answer without end. Calls are therefore watched: a game that stands still (stopped, or a fork that never became
+the game) is ended after `PATIENCE` seconds in one call. ViZDoom tells that as a death, and in a start by taking the process down.
 """
 
 from __future__ import annotations
@@ -16,11 +19,19 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
+import time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import psutil
 
 from oneira.platform.errors import EnvironmentMissing
+
+PATIENCE = 60.0
+"""Seconds that one call of a game may last; a start takes 0.2 s, a step less than a millisecond, on a busy machine ten times that."""
 
 # What runs in place of the game: it enters the game's folder and writes down who it is, then becomes the game.
 _LAUNCH = """#!/bin/sh
@@ -77,6 +88,7 @@ class _Owner:
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, cwd="/",
         )  # fmt: skip
         self.guard.wait()  # for the shell that leaves the guard behind
+        threading.Thread(target=_watch, args=(self.folder,), name="doom-watch", daemon=True).start()
 
     def release(self) -> None:
         """Close the pipe: what is left of the games ends."""
@@ -115,9 +127,51 @@ def _require_running(executable: Path, folder: Path) -> None:
 _owner: _Owner | None = None
 
 
+class Watched:
+    """Around one call of the game of `folder`: a call longer than `PATIENCE` is one that stands still, and its game is ended."""
+
+    calls: ClassVar[set[Watched]] = set()
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ended = False
+
+    def __enter__(self) -> Watched:
+        self.since = time.monotonic()
+        self.calls.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.calls.discard(self)
+
+
+def _watch(owned: Path) -> None:
+    while owned.is_dir():
+        time.sleep(min(PATIENCE / 4, 5))
+        for call in list(Watched.calls):
+            if time.monotonic() - call.since > PATIENCE:
+                call.ended = True
+                end(call.folder)
+
+
+def end(folder: Path) -> None:
+    """Kill the game of a folder; where it has not even written who it is, the copies of this process that forks left behind."""
+    with suppress(psutil.Error, ValueError):
+        if (folder / "pid").is_file():
+            game = psutil.Process(int((folder / "pid").read_text()))
+            if any(str(folder.parent) in word for word in game.cmdline()):
+                game.kill()
+            return
+        us = psutil.Process()
+        for child in us.children():
+            if child.cmdline() == us.cmdline() and time.time() - child.create_time() > PATIENCE:
+                child.kill()
+
+
 def _forked() -> None:
     """A forked child owns no games, and must not hold the pipe of those of its parent."""
     global _owner
+    Watched.calls.clear()
     if _owner is not None:
         assert _owner.guard.stdin is not None
         os.close(_owner.guard.stdin.fileno())

@@ -10,7 +10,7 @@ import numpy as np
 
 from oneira.platform.errors import EnvironmentMissing
 
-from .processes import confine, remove, require_vizdoom
+from .processes import Watched, confine, remove, require_vizdoom
 
 
 class Screen(gymnasium.Wrapper):
@@ -39,7 +39,8 @@ class Screen(gymnasium.Wrapper):
     def _guarded(self, call: Any) -> Any:
         vizdoom = require_vizdoom()
         try:
-            return call()
+            with Watched(self._folder):
+                return call()
         except (vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException) as error:
             self.close()
             raise EnvironmentMissing(f"A game of {self.env.spec} died: {error}") from error

@@ -9,6 +9,7 @@ Shapes: n games, R of them stepped at a time.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -19,13 +20,15 @@ import numpy as np
 
 from oneira.platform.errors import EnvironmentMissing
 
-from .processes import confine, remove, require_vizdoom
+from . import processes
+from .processes import Watched, confine, remove, require_vizdoom
 
 BUTTONS = ([0.0, 0.0], [0.0, 1.0], [1.0, 0.0])
 """MOVE_LEFT, MOVE_RIGHT by action, numbered as ViZDoom's Gymnasium environment does: 0 nothing, 1 right, 2 left."""
 THREADS = 8
 FRAME = 64
 KEPT = 64  # idle games of this process, of 9 MiB each
+_starting = threading.Lock()  # one fork at a time: one of four at once has been seen never to become a game
 
 
 class Game:
@@ -35,13 +38,13 @@ class Game:
         vizdoom = require_vizdoom()
         self._failed = vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException
         self.max_steps = max_steps
+        self._seed, self._steps, self._over, self._stood_still = 0, 0, True, False
         self._game = vizdoom.DoomGame()
         self._game.load_config(os.path.join(vizdoom.scenarios_path, "take_cover.cfg"))
         self._game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
         self._game.set_screen_format(vizdoom.ScreenFormat.RGB24)
         self._game.set_window_visible(False)
         self.folder: Path = confine(self._game)
-        self._seed, self._steps, self._over = 0, 0, True
 
     def start(self, seed: int, out: np.ndarray) -> None:
         """Begin the episode of a seed in [0, 2^32); its first frame goes to `out`, uint8 [64, 64, 3]."""
@@ -49,12 +52,20 @@ class Game:
         try:
             self._game.set_seed(seed)
             if self._game.is_running():
-                self._game.new_episode()
+                self._call(self._game.new_episode)
             else:
-                self._game.init()
+                with _starting:
+                    self._call(self._game.init)
             self._see(out)
         except self._failed as error:
             raise self._died(error) from error
+
+    def _call(self, call: Any, *given: Any) -> Any:
+        with Watched(self.folder) as watched:
+            try:
+                return call(*given)
+            finally:
+                self._stood_still = watched.ended
 
     def step(self, action: int, out: np.ndarray) -> tuple[float, bool, bool]:
         """One tic. A game that ended shows nothing: `out` is then left as it is.
@@ -65,7 +76,7 @@ class Game:
         if self._over:
             raise ValueError("this episode is over")
         try:
-            reward = float(self._game.make_action(BUTTONS[action]))
+            reward = float(self._call(self._game.make_action, BUTTONS[action]))
             terminated = bool(self._game.is_episode_finished())
             if not terminated:
                 self._see(out)
@@ -83,7 +94,8 @@ class Game:
 
     def _died(self, error: Exception) -> EnvironmentMissing:
         self.close()
-        return EnvironmentMissing(f"The game of seed {self._seed} died after {self._steps} steps: {error}")
+        fate = f"stood still for {processes.PATIENCE:.0f} s" if self._stood_still else "died"
+        return EnvironmentMissing(f"The game of seed {self._seed} {fate} after {self._steps} steps: {error}")
 
     def close(self) -> None:
         """End the process and remove its folder; a second call does nothing."""

@@ -180,9 +180,9 @@ def check_ending(owner, sent):
         os.killpg(owner.pid, sent)  # a terminal tells the whole group
     elif sent is not None:
         owner.send_signal(sent)
-    owner.wait(timeout=20)
+    owner.wait(timeout=60)
     owner.stdout.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # it takes a fraction of a second, on a busy machine longer
     while time.monotonic() < deadline and (folder.exists() or game_processes(folder)):
         time.sleep(0.05)
     assert not game_processes(folder) and not folder.exists()
@@ -200,6 +200,44 @@ def test_a_game_that_dies_is_an_error_and_the_next_batch_plays_on():
     del batch
     gc.collect()
     assert play(world.batch([1, 2], np.arange(2)), steps=10)[1].tolist() == [10, 10]
+
+
+def test_a_game_that_stands_still_is_ended_and_is_an_error(monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 2.0)
+    batch = DoomTakeCover().batch([1, 2], np.arange(2))
+    batch.reset()
+    psutil.Process(int((batch._games[1].folder / "pid").read_text())).suspend()
+    with pytest.raises(EnvironmentMissing, match="game of seed 2 stood still for 2 s after"):
+        batch.step(np.zeros(2, int))
+
+
+def test_a_reference_game_that_stands_still_is_an_error(monkeypatch):
+    env = reference_environment("doom")
+    env.reset(seed=1)
+    monkeypatch.setattr(processes, "PATIENCE", 2.0)
+    psutil.Process(int((env._folder / "pid").read_text())).suspend()
+    with pytest.raises(EnvironmentMissing, match="died"):
+        env.step(0)
+    assert not env._folder.exists()
+
+
+FORK = """
+import os, time
+from pathlib import Path
+from oneira.agents.doom import processes
+processes.PATIENCE = 0.2
+child = os.fork()
+if child == 0:
+    time.sleep(100)
+time.sleep(0.5)
+processes.end(Path("/nowhere"))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_that_never_became_the_game_is_ended():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(-signal.SIGKILL), done.stderr
 
 
 def test_a_reference_game_that_dies_is_an_error():
