@@ -59,20 +59,25 @@ def _run(*rounds: RoundConfig, **more: Any) -> WorldModelConfig:
     )
 
 
+def _next_round(episodes: int, memory: int, *populations: PopulationConfig) -> RoundConfig:
+    return RoundConfig(
+        collect=CollectConfig(noisy=episodes, max_steps=DoomTakeCover.max_steps),
+        memory=_learn(memory, batch=64, lr=1e-3),
+        fresh=0.5,
+        populations=populations,
+    )
+
+
 def doom_quick() -> WorldModelConfig:
-    """One dream at temperature 1.15, from random play alone."""
-    return _run(_first_round(256, 2000, 400, _dream(12, 1.15)), checks=16, film_steps=300)
+    """Two dreams at temperature 1.15: one of random play, one of play as the first dream taught."""
+    first = _first_round(768, 2500, 500, _dream(12, 1.15, horizon=1000))
+    return _run(first, _next_round(192, 300, _dream(10, 1.15, horizon=1000)), checks=32, film_steps=300)
 
 
 def doom_hour() -> WorldModelConfig:
     """Dreams alone: each round plays as the last dream taught, and M learns what killed it."""
     first = _first_round(1024, 6000, 1200, _dream(15, 1.15, horizon=1000))
-    later = RoundConfig(
-        collect=CollectConfig(noisy=192, max_steps=DoomTakeCover.max_steps),
-        memory=_learn(500, batch=64, lr=1e-3),
-        fresh=0.5,
-        populations=(_dream(15, 1.15, horizon=1000),),
-    )
+    later = _next_round(192, 500, _dream(15, 1.15, horizon=1000))
     seeing = replace(
         later, vision=_learn(3000, batch=32, lr=2e-3), memory=_learn(1000, batch=64, lr=2e-3), restart=True
     )
@@ -80,6 +85,10 @@ def doom_hour() -> WorldModelConfig:
 
 
 def doom_tau_sweep() -> WorldModelConfig:
-    """Five temperatures in one dream, at the same time on one pool; each population is then scored in the real game."""
-    populations = [_dream(30, tau, name=f"tau-{tau}", seed=1 + i) for i, tau in enumerate(TEMPERATURES)]
-    return _run(_first_round(512, 4000, 1500, *populations), population_episodes=100)
+    """Five temperatures in one dream, at the same time on one pool; each population is then scored in the real game.
+
+    V and M are made once, for all five: from random play, and from the play of a scout bred at temperature 1.15.
+    """
+    scout = _first_round(1024, 3000, 600, _dream(12, 1.15, name="scout", horizon=1000))
+    populations = [_dream(15, tau, name=f"tau-{tau}", seed=1 + i) for i, tau in enumerate(TEMPERATURES)]
+    return _run(scout, _next_round(256, 500, *populations), population_episodes=100)

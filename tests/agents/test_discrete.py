@@ -184,7 +184,7 @@ def tiny():
     config = doom_tau_sweep().smoke()
     r = config.rounds[0]
     settings = TrainSettings(steps=4, batch_size=8)
-    populations = (replace(r.populations[3], horizon=40),)
+    populations = (replace(config.rounds[-1].populations[3], horizon=40),)
     return replace(
         config, vision=VAEConfig(z=8), memory=MEMORY, controller=CONTROLLER, window=8, starts=16, checks=2, check_episodes=1,
         film_steps=8, rounds=(replace(r, vision=settings, memory=settings, populations=populations),),

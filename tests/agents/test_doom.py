@@ -182,7 +182,7 @@ def check_ending(owner, sent):
         owner.send_signal(sent)
     owner.wait(timeout=60)
     owner.stdout.close()
-    deadline = time.monotonic() + 60  # it takes a fraction of a second, on a busy machine longer
+    deadline = time.monotonic() + 120  # it takes a fraction of a second, on a busy machine longer
     while time.monotonic() < deadline and (folder.exists() or game_processes(folder)):
         time.sleep(0.05)
     assert not game_processes(folder) and not folder.exists()
