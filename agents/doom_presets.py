@@ -89,6 +89,6 @@ def doom_tau_sweep() -> WorldModelConfig:
 
     V and M are made once, for all five: from random play, and from the play of a scout bred at temperature 1.15.
     """
-    scout = _first_round(1024, 3000, 600, _dream(12, 1.15, name="scout", horizon=1000))
-    populations = [_dream(15, tau, name=f"tau-{tau}", seed=1 + i) for i, tau in enumerate(TEMPERATURES)]
-    return _run(scout, _next_round(256, 500, *populations), population_episodes=100)
+    scout = _first_round(1024, 6000, 1200, _dream(15, 1.15, horizon=1000))
+    populations = [_dream(20, tau, name=f"tau-{tau}", seed=1 + i) for i, tau in enumerate(TEMPERATURES)]
+    return _run(scout, _next_round(192, 500, *populations), population_episodes=100)
