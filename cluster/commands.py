@@ -64,7 +64,7 @@ def survey(address: str | None = None) -> dict[str, Any]:
 
 def serve(
     model: Annotated[
-        list[str] | None, typer.Option(metavar="M", help="A built-in name, a run, a folder or a hub id.")
+        list[str] | None, typer.Option(metavar="M", help="A built-in name or a folder; prior=PATH,decoder=PATH.")
     ] = None,
     layout: Annotated[str, typer.Option(metavar="fused|split", help="All stages in one process, or apart.")] = "fused",
     host: Annotated[str, typer.Option(help="Where to listen; any but loopback needs a key.")] = "127.0.0.1",

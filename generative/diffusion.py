@@ -33,9 +33,10 @@ from torch import Tensor
 
 from oneira.platform.errors import ConfigError, UsageError, did_you_mean
 
-SCHEDULES = ("linear", "cosine", "offset-cosine")
+SCHEDULES = ("linear", "scaled-linear", "cosine", "offset-cosine")
 PREDICTIONS = ("eps", "x0", "v")
 SAMPLERS = ("ddpm", "ddim", "dpm++")
+SPACINGS = ("trailing", "leading", "linspace")
 
 Prediction = Literal["eps", "x0", "v"]
 Sampler = Literal["ddpm", "ddim", "dpm++"]
@@ -48,31 +49,41 @@ Network = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 class Schedule:
     """How much of the signal is left at each of T timesteps.
 
-    "linear": beta from 1e-4 to 0.02 (Ho et al. 2020, section 4; scaled for other T than 1000). "cosine": Nichol &
-    Dhariwal 2021, eq. 17, beta at most 0.999. "offset-cosine": alpha is a cosine from 0.95 to 0.02, so that neither end
-    is without signal or without noise (Foster 2023, "Generative Deep Learning", chapter 8).
+    "linear": beta from 1e-4 to 0.02 (Ho et al. 2020, section 4; scaled for other T than 1000). "scaled-linear": the root of
+    beta is linear (Rombach et al. 2022). "cosine": Nichol & Dhariwal 2021, eq. 17, beta at most 0.999. "offset-cosine":
+    alpha is a cosine from 0.95 to 0.02, so that neither end is without signal or without noise (Foster 2023, "Generative
+    Deep Learning", chapter 8).
+
+    Args:
+        betas: the first and the last, of the linear kinds; None are those of Ho et al.
+        clean: whether what comes after timestep 0 is the picture itself; else it is as noisy as at timestep 0, which some
+            public networks were made for.
     """
 
-    kind: Literal["linear", "cosine", "offset-cosine"] = "offset-cosine"
+    kind: Literal["linear", "scaled-linear", "cosine", "offset-cosine"] = "offset-cosine"
     timesteps: int = 1000
+    betas: tuple[float, float] | None = None
+    clean: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise ConfigError(f"kind is '{self.kind}'. {did_you_mean(self.kind, SCHEDULES)}")
         if self.timesteps < 2:
             raise ConfigError(f"timesteps is {self.timesteps}; it must be at least 2.")
+        if self.betas is not None and not 0 < self.betas[0] <= self.betas[1] < 1:
+            raise ConfigError(f"betas are {self.betas}; they must rise within (0, 1).")
 
     @property
     def alpha_sigma(self) -> tuple[Tensor, Tensor]:
         """alpha and sigma, float32 [T] each."""
-        return _rates(self.kind, self.timesteps)[1]
+        return _rates(self.kind, self.timesteps, self.betas)[1]
 
     def at(self, t: int) -> tuple[float, float]:
-        """alpha and sigma of timestep t; t = -1 is the picture itself: (1, 0)."""
-        if t < 0:
+        """alpha and sigma of timestep t; t = -1 is the picture itself, (1, 0), where the schedule ends clean."""
+        if t < 0 and self.clean:
             return 1.0, 0.0
-        alpha, sigma = _rates(self.kind, self.timesteps)[0]
-        return float(alpha[t]), float(sigma[t])
+        alpha, sigma = _rates(self.kind, self.timesteps, self.betas)[0]
+        return float(alpha[max(t, 0)]), float(sigma[max(t, 0)])
 
     def rates(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma of timesteps t int64 [B], shaped to multiply `like` [B, ...]."""
@@ -82,10 +93,14 @@ class Schedule:
 
 
 @functools.cache
-def _rates(kind: str, timesteps: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]:
+def _rates(
+    kind: str, timesteps: int, betas: tuple[float, float] | None
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]:
     """(alpha, sigma) of all timesteps as float64, and the same as float32 tensors."""
-    if kind == "linear":
-        beta = np.linspace(1e-4, 0.02, timesteps) * (1000 / timesteps)
+    if kind in ("linear", "scaled-linear"):
+        first, last = betas or (1e-4 * 1000 / timesteps, 0.02 * 1000 / timesteps)
+        power = 1 if kind == "linear" else 2
+        beta = np.linspace(first ** (1 / power), last ** (1 / power), timesteps) ** power
         squared = np.cumprod(1 - np.minimum(beta, 0.999))
     elif kind == "cosine":
         left = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -129,15 +144,40 @@ def to_x0(prediction: Prediction, output: Tensor, x_t: Tensor, alpha: Tensor, si
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps of a row: the timesteps int64 [K], falling, and the sums' numbers (a, b, c, d), float64 [K, 4]."""
+    """All steps of a row: the timesteps int64 [K], falling, the sums' numbers (a, b, c, d), float64 [K, 4], and between which
+    two the variance of the noise lies where a network tells it: their logarithms, float64 [K, 2]."""
 
     timesteps: np.ndarray
     numbers: np.ndarray
+    variances: np.ndarray
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """Which timesteps are taken (Lin et al. 2023, table 2): "trailing" evenly from the last one down, "leading" evenly from
+    the first one up, "linspace" with both ends. offset: added to each, of "leading"."""
+
+    kind: Literal["trailing", "leading", "linspace"] = "trailing"
+    offset: int = 0
+
+    def timesteps(self, total: int, sampler: Sampler, steps: int) -> np.ndarray:
+        """int64 [steps], falling. Of the last two kinds DPM-Solver++ takes one more and leaves out the lowest, as diffusers does."""
+        if self.kind == "trailing":
+            return np.round(np.arange(total, 0, -total / steps)[:steps]).astype(np.int64) - 1
+        one_more = sampler == "dpm++" or (self.kind == "linspace" and steps == 1)
+        points = steps + one_more
+        if self.kind == "leading":
+            rising = np.arange(points) * (total // points) + self.offset
+        else:
+            rising = np.round(np.linspace(0, total - 1, points))
+        return np.minimum(rising[int(one_more) :][::-1].astype(np.int64), total - 1)
 
 
 @functools.lru_cache(maxsize=256)
-def plan(schedule: Schedule, sampler: Sampler, steps: int, eta: float = 0.0) -> Plan:
-    """The plan of `steps` steps, evenly spaced from the last timestep down ("trailing": Lin et al. 2023, table 2).
+def plan(
+    schedule: Schedule, sampler: Sampler, steps: int, eta: float = 0.0, spacing: Spacing = Spacing("trailing")
+) -> Plan:
+    """The plan of `steps` steps.
 
     Args:
         sampler: "ddpm" (Ho et al. 2020, eq. 7), "ddim" (Song et al. 2021, eq. 12 and 16), or "dpm++" (DPM-Solver++ 2M, Lu
@@ -145,7 +185,7 @@ def plan(schedule: Schedule, sampler: Sampler, steps: int, eta: float = 0.0) -> 
         eta: of "ddim": 0 adds no noise, 1 as much as "ddpm" does.
 
     Raises:
-        UsageError: an unknown sampler, steps outside [1, T], or eta outside [0, 1].
+        UsageError: an unknown sampler, steps outside [1, T] or more than the spacing has, or eta outside [0, 1].
     """
     if sampler not in SAMPLERS:
         raise UsageError(f"Unknown sampler '{sampler}'. {did_you_mean(sampler, SAMPLERS)}")
@@ -153,14 +193,24 @@ def plan(schedule: Schedule, sampler: Sampler, steps: int, eta: float = 0.0) -> 
         raise UsageError(f"{steps} steps asked for; allowed are 1 to {schedule.timesteps}.")
     if not 0 <= eta <= 1:
         raise UsageError(f"eta is {eta}; it must be in [0, 1].")
-    timesteps = np.round(np.arange(schedule.timesteps, 0, -schedule.timesteps / steps)[:steps]).astype(np.int64) - 1
+    timesteps = spacing.timesteps(schedule.timesteps, sampler, steps)
+    if (np.diff(timesteps) >= 0).any():
+        raise UsageError(f"{steps} steps asked for; with timesteps that are '{spacing.kind}' there are fewer.")
     ends = [*timesteps.tolist(), -1]
     if sampler == "dpm++":
         numbers = [_dpm_numbers(schedule, ends[max(k - 1, 0)], ends[k], ends[k + 1]) for k in range(steps)]
     else:
         share = 1.0 if sampler == "ddpm" else eta  # DDPM is DDIM with all of the noise (Song et al. 2021, section 4.1)
         numbers = [_ddim_numbers(schedule, ends[k], ends[k + 1], share) for k in range(steps)]
-    return Plan(timesteps, np.array(numbers))
+    variances = [_log_variances(schedule, ends[k], ends[k + 1]) for k in range(steps)]
+    return Plan(timesteps, np.array(numbers), np.array(variances))
+
+
+def _log_variances(schedule: Schedule, t: int, s: int) -> tuple[float, float]:
+    """Of the true posterior where x_0 is a point, and of one step of noising (Nichol & Dhariwal 2021, section 3.1)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
+    beta = max(1 - (alpha_t / alpha_s) ** 2, 1e-20)
+    return math.log(max((sigma_s / sigma_t) ** 2 * beta, 1e-20)), math.log(beta)
 
 
 def _ddim_numbers(schedule: Schedule, t: int, s: int, eta: float) -> tuple[float, float, float, float]:
@@ -210,12 +260,12 @@ class Row:
     @classmethod
     def begin(
         cls, schedule: Schedule, shape: Sequence[int], *, seed: int, steps: int, guidance: float = 1.0,
-        sampler: Sampler = "dpm++", eta: float = 0.0,
+        sampler: Sampler = "dpm++", eta: float = 0.0, spacing: Spacing = Spacing("trailing"),
     ) -> Row:  # fmt: skip
         """A row at its first step, all noise. Raises UsageError for what `plan` refuses, and for a negative seed."""
         if seed < 0:
             raise UsageError(f"The seed is {seed}; it must not be negative.")
-        return cls(plan(schedule, sampler, steps, eta), seed, guidance, noise_of(seed, 0, shape))
+        return cls(plan(schedule, sampler, steps, eta, spacing), seed, guidance, noise_of(seed, 0, shape))
 
     @property
     def done(self) -> bool:
@@ -227,16 +277,31 @@ class Row:
         return int(self.plan.timesteps[self.position])
 
 
+@dataclass(frozen=True)
+class Dynamic:
+    """Estimates of x_0 are kept within the `share` of them that lies nearest to 0, but no less than [-1, 1] and no more than
+    `most`, and shrunk to [-1, 1] (Saharia et al. 2022, "dynamic thresholding", section 2.3)."""
+
+    share: float = 0.995
+    most: float = 1.0
+
+    def __call__(self, x_0: Tensor) -> Tensor:
+        far = torch.quantile(x_0.abs().flatten(1), self.share, dim=1).clamp(1, max(1.0, self.most))
+        far = far.view(-1, *(1,) * (x_0.dim() - 1))
+        return x_0.clamp(-far, far) / far
+
+
 @torch.no_grad()
 def advance(
-    rows: Sequence[Row], network: Network, schedule: Schedule, prediction: Prediction, *, clip: float = 0.0,
+    rows: Sequence[Row], network: Network, schedule: Schedule, prediction: Prediction, *, clip: float | Dynamic = 0.0,
     device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
     """Makes one step of every row, in place, with one call of the network. No row may be done.
 
     Args:
         network: see `Network`. It gets every row, and every row whose guidance is not 1 a second time, without its
-            condition.
+            condition. With twice the channels, the second half tells the variance of the noise: -1 to 1, from the
+            least to the largest of `Plan.variances` (for rows of "ddpm").
         clip: estimates of x_0 are kept within [-clip, clip]; 0 leaves them as they are.
         device: where network and arithmetic work, and where the rows' tensors are afterwards.
     """
@@ -244,35 +309,52 @@ def advance(
         raise UsageError("A row that is done cannot be advanced; take it out of the batch.")
     x_t = torch.stack([row.x for row in rows]).to(device)
     t = torch.tensor([row.timestep for row in rows])
-    output = _guided(rows, network, x_t, t.to(device))
+    output, spread = _guided(rows, network, x_t, t.to(device))
     x_0 = to_x0(prediction, output, x_t, *schedule.rates(t, x_t))
-    if clip:
+    if isinstance(clip, Dynamic):
+        x_0 = clip(x_0)
+    elif clip:
         x_0 = x_0.clamp(-clip, clip)
     numbers = torch.from_numpy(np.stack([row.plan.numbers[row.position] for row in rows])).float()
     a, b, c, d = numbers.T.reshape(4, -1, *(1,) * (x_t.dim() - 1)).to(device)
     before = torch.stack([x_0[i] if row.estimate is None else row.estimate.to(device) for i, row in enumerate(rows)])
-    x_s = a * x_t + b * x_0 + c * before + d * _fresh_noise(rows, x_t)
+    d = d if spread is None else _told_deviation(rows, spread)
+    x_s = a * x_t + b * x_0 + c * before + d * _fresh_noise(rows, x_t, spread is not None)
     for i, row in enumerate(rows):
         row.x, row.estimate, row.position = x_s[i], x_0[i], row.position + 1
 
 
-def _guided(rows: Sequence[Row], network: Network, x_t: Tensor, t: Tensor) -> Tensor:
-    """What the network says, guided where a row asks for it; one call, float32."""
+def _guided(rows: Sequence[Row], network: Network, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the network says, guided where a row asks for it; one call, float32. And what it tells with its condition of the
+    variance, or None."""
     every = torch.arange(len(rows))
     twice = torch.tensor([i for i, row in enumerate(rows) if row.guidance != 1.0], dtype=torch.long)
     row = torch.cat([every, twice])
     without = torch.arange(len(row)) >= len(rows)
     place = x_t.device
     output = network(x_t[row.to(place)], t[row.to(place)], row.to(place), without.to(place)).float()
+    spread = None
+    if output.shape[1] == 2 * x_t.shape[1]:
+        output, spread = output.chunk(2, 1)
+        spread = spread[: len(rows)]
     guided, unconditional = output[: len(rows)].clone(), output[len(rows) :]
     for i, other in zip(twice.tolist(), unconditional, strict=True):
         guided[i] = other + rows[i].guidance * (guided[i] - other)
-    return guided
+    return guided, spread
 
 
-def _fresh_noise(rows: Sequence[Row], like: Tensor) -> Tensor:
+def _told_deviation(rows: Sequence[Row], spread: Tensor) -> Tensor:
+    """Of the noise, as the network tells it [B, ...]; none at timestep 0."""
+    ends = torch.from_numpy(np.stack([row.plan.variances[row.position] for row in rows])).float().to(spread.device)
+    least, largest = ends.T.reshape(2, -1, *(1,) * (spread.dim() - 1))
+    share = (spread + 1) / 2
+    return torch.exp(0.5 * (share * largest + (1 - share) * least))
+
+
+def _fresh_noise(rows: Sequence[Row], like: Tensor, told: bool) -> Tensor:
+    """Noise of the rows that have some at this step: where their plan says so, or where its size is `told` by the network."""
     noise = torch.zeros_like(like)
     for i, row in enumerate(rows):
-        if row.plan.numbers[row.position, 3]:
+        if row.timestep > 0 if told else row.plan.numbers[row.position, 3]:
             noise[i] = noise_of(row.seed, row.position + 1, row.x.shape)
     return noise

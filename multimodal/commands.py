@@ -7,7 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-MODEL = Annotated[str, typer.Option("--model", metavar="M", help="A model's name or folder.")]
+MODEL = Annotated[
+    str,
+    typer.Option("--model", metavar="M", help="A model's name or folder, diffusers' as well; prior=PATH,decoder=PATH."),
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 MOST = 256  # pictures of one command
 
@@ -30,6 +33,8 @@ def generate(
     as_json: JSON = False,
 ) -> None:
     """Draw pictures from a prompt."""
+    import sys
+
     from oneira.platform.console import json_on_stdout
     from oneira.platform.errors import UsageError
 
@@ -39,7 +44,10 @@ def generate(
     with json_on_stdout(as_json) as emit:
         from .text_to_image import load_text_to_image
 
-        pictures = load_text_to_image(model)([prompt] * n, seed=seed, steps=steps, guidance=guidance)
+        pipe = load_text_to_image(model)
+        for note in pipe.notes:
+            print(note, file=sys.stderr)
+        pictures = pipe([prompt] * n, seed=seed, steps=steps, guidance=guidance)
         places = [out] if n == 1 else [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(n)]
         for picture, place in zip(pictures, places, strict=True):
             save_picture(picture, place)
@@ -94,8 +102,11 @@ def judge(
     with json_on_stdout(as_json) as emit:
         from .checker import Checker
         from .scoring import score_pictures
-        from .text_to_image import load_text_to_image
+        from .text_to_image import TextToImage, load_text_to_image
 
+        pipe = load_text_to_image(model)
+        if not isinstance(pipe, TextToImage):
+            raise UsageError(f"'{model}' was not made by `oneira assemble`; only those know scenes, and can be judged.")
         place = place_of(checker)
         judge_of = Checker.load(place / "model" if (place / "model").is_dir() else place)
 
@@ -103,7 +114,7 @@ def judge(
             if done % 50 == 0 or done == of:
                 print(f"{done} of {of} pictures", file=sys.stderr, flush=True)
 
-        scores = score_pictures(load_text_to_image(model), judge_of, prompts=prompts, seed=seed, progress=progress)
+        scores = score_pictures(pipe, judge_of, prompts=prompts, seed=seed, progress=progress)
         if out is not None:
             out.write_text(json.dumps(scores, indent=1), encoding="utf-8")
         emit(scores)

@@ -6,7 +6,8 @@
     frames = pipe.interpolate("a red star", pictures[0], frames=9)
 
 A model is one folder: clip/ (open_clip's format), prior/, decoder/, upsampler/ (diffusers' format), and model.json, which
-says in which order they work and with how many steps. `stages` are the objects that `oneira.cluster` serves.
+says in which order they work and with how many steps. `stages` are the objects that `oneira.cluster` serves. Folders of
+diffusers' format that others made are read by `public/`.
 
 Legend: E embedding. Pictures come as PIL images or uint8 [H, W, 3]. Source of what it can do: Ramesh et al. 2022, section 3.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,10 @@ from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_m
 
 from .clip import Clip
 from .decoder import Decoder, DecoderStage
+from .drawing import Drawing, Picture, as_array, require
 from .prior import Prior, PriorStage
+from .public.loading import load_public
+from .public.names import is_public
 from .stages import PictureRequest, Plan, Stage, through
 from .text_stage import TextStage
 from .upsampler import Upsampler, UpsamplerStage
@@ -41,7 +45,6 @@ MODEL = "model.json"
 CONDITIONS = ("prior", "text", "caption")
 
 Condition = Literal["prior", "text", "caption"]
-Picture = Any  # a PIL image, or uint8 [H, W, 3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +76,8 @@ class ModelCard:
 
 def load_text_to_image(
     name_or_folder: str | Path = "builtin", *, device: str = "auto", precision: Literal["fp32", "bf16", "auto"] = "fp32"
-) -> TextToImage:
-    """A model by its name or folder.
+) -> Drawing:
+    """A model by its name or folder: a `TextToImage` where it is one of ours, with all that it can do.
 
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
@@ -85,8 +88,10 @@ def load_text_to_image(
         UsageError: there is no such name or folder.
         DataError: the folder is no model, or lacks a part; the built-in weights are not there yet.
     """
-    folder = find_model(name_or_folder)
     place = pick_device(device)
+    if is_public(str(name_or_folder)):
+        return load_public(str(name_or_folder), device=place, dtype=pick_precision(precision, place))
+    folder = find_model(name_or_folder)
     card = read_card(folder)
     clip = Clip.load(folder / "clip").to(place)
     dtype = pick_precision(precision, place)
@@ -124,13 +129,16 @@ def find_model(name_or_folder: str | Path) -> Path:
             )
         return BUILTIN
     folder = Path(name_or_folder).expanduser()
+    if folder.is_file():
+        raise DataError(f"'{folder}' is a file; a model is a folder with {MODEL} or with diffusers' model_index.json.")
     if not folder.is_dir():
         raise UsageError(
             f"There is no model '{name_or_folder}': it is no folder. {did_you_mean(str(name_or_folder), NAMES)}"
         )
     if not (folder / MODEL).is_file():
         raise DataError(
-            f"'{folder}' is no text-to-image model: it has no {MODEL} (`oneira assemble` makes one from runs)."
+            f"'{folder}' is no text-to-image model: it has no {MODEL} (`oneira assemble` makes one from runs), and no "
+            "model_index.json of diffusers'."
         )
     return folder
 
@@ -146,15 +154,12 @@ def write_card(folder: Path, card: ModelCard) -> None:
     (folder / MODEL).write_text(json.dumps(to_dict(card), indent=1), encoding="utf-8")
 
 
-class TextToImage:
-    """Stages and what can be done with them. Picture k of a call has the noise of seed + k.
-
-    Args:
-        name: by which `oneira serve` offers it: "builtin", or that of its folder.
-    """
+class TextToImage(Drawing):
+    """A model of ours, and all that can be done with it."""
 
     def __init__(self, stages: Sequence[Stage], card: ModelCard, name: str):
-        self.stages, self.card, self.name = list(stages), card, name
+        super().__init__(stages, name)
+        self.card = card
 
     @property
     def clip(self) -> Clip:
@@ -167,46 +172,12 @@ class TextToImage:
         """The side of a picture, in pixels."""
         return self.stages[-1].size if self.card.sizes else self.stages[-1].model.size  # type: ignore[attr-defined]
 
-    def __call__(
-        self, prompts: Sequence[str], *, seed: int = 0, steps: int | None = None, guidance: float | None = None
-    ) -> list[Any]:
-        """One PIL image a prompt. Raises UsageError for an empty prompt, a negative seed, or steps outside [1, 1000]."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for prompt in prompts:
-            _require(bool(prompt.strip()), "The prompt is empty.")
-        return self.draw(
-            [PictureRequest(prompt=p, seed=seed + k, steps=steps, guidance=guidance) for k, p in enumerate(prompts)]
-        )
-
-    def variations(self, picture: Picture, n: int = 1, *, seed: int = 0, steps: int | None = None) -> list[Any]:
-        """Pictures that CLIP finds alike: its embedding of the picture drawn anew, without the prior."""
-        array = as_array(picture)
-        return self.draw(
-            [PictureRequest(task="variation", picture=array, seed=seed + k, steps=steps) for k in range(n)]
-        )  # fmt: skip
-
-    def edit(
-        self, picture: Picture, mask: np.ndarray, prompt: str, n: int = 1, *, seed: int = 0, steps: int | None = None,
-        guidance: float | None = None,
-    ) -> list[Any]:  # fmt: skip
-        """Pictures that fit the prompt, which says what all of the picture shall show, and differ only where the mask does.
-
-        mask: bool [H, W], of the picture's size; True is drawn anew, the rest stays as it is.
-        """
-        array, mask = as_array(picture), np.asarray(mask, bool)
-        if mask.shape != array.shape[:2]:
-            raise UsageError(
-                f"The mask is of {mask.shape}, the picture of {array.shape[:2]}; they must be of one size."
-            )
-        one = PictureRequest(task="edit", prompt=prompt, picture=array, mask=mask, steps=steps, guidance=guidance)
-        return self.draw([replace(one, seed=seed + k) for k in range(n)])
-
     def interpolate(
         self, start: str | Picture, end: str | Picture, frames: int = 9, *, seed: int = 0, steps: int | None = None
     ) -> list[Any]:
         """Pictures on the great circle between two image embeddings, all from the same noise; a prompt's comes from the
         prior. Raises UsageError for fewer than two frames."""
-        _require(frames >= 2, f"{frames} frames asked for; there must be at least 2.")
+        require(frames >= 2, f"{frames} frames asked for; there must be at least 2.")
         a, b = self.embed([start, end], seed=seed)
         path = [slerp(a, b, k / (frames - 1)) for k in range(frames)]
         return self.draw_embeddings(path, seed=seed, steps=steps)
@@ -217,13 +188,11 @@ class TextToImage:
     ) -> list[Any]:  # fmt: skip
         """The picture turned towards what `after` has and `before` has not, in `frames` steps up to `strength` of the way
         (Ramesh et al. 2022, section 3.3). strength: in [0, 1]; the paper goes up to 0.25 to 0.5."""
-        _require(0 <= strength <= 1, f"strength is {strength}; it must be in [0, 1].")
-        _require(frames >= 1, f"{frames} frames asked for; there must be at least 1.")
+        require(0 <= strength <= 1, f"strength is {strength}; it must be in [0, 1].")
+        require(frames >= 1, f"{frames} frames asked for; there must be at least 1.")
         image = self.embed([picture])[0]
         old, new = self.clip.embed_texts([before, after]).cpu().numpy()
-        _require(
-            not np.allclose(old, new, atol=1e-5), "The two texts say the same; there is no difference to go along."
-        )
+        require(not np.allclose(old, new, atol=1e-5), "The two texts say the same; there is no difference to go along.")
         difference = F.normalize(torch.from_numpy(new - old), dim=0).numpy()
         path = [slerp(image, difference, strength * (k + 1) / frames) for k in range(frames)]
         return self.draw_embeddings(path, seed=seed, steps=steps)
@@ -247,14 +216,6 @@ class TextToImage:
         return self.draw(
             [PictureRequest(task="embedding", embedding=e, seed=seed, steps=steps) for e in embeddings]
         )  # fmt: skip
-
-    def draw(self, requests: Sequence[PictureRequest]) -> list[Any]:
-        """PIL images of any requests."""
-        from PIL import Image
-
-        for request in requests:
-            _require(0 <= request.seed < 2**63, f"The seed is {request.seed}; it must be in [0, 2^63).")
-        return [Image.fromarray(state["picture"]) for state in through(self.stages, requests)]
 
     def conditioned(self, on: Condition) -> TextToImage:
         """The same model with its prior replaced (Ramesh et al. 2022, figure 8).
@@ -281,16 +242,3 @@ class Instead:
 
     def step(self, plans: Sequence[Plan]) -> None:
         """Nothing is ever left to do."""
-
-
-def as_array(picture: Picture) -> np.ndarray:
-    """A PIL image or array as uint8 [H, W, 3]. Raises UsageError for anything else."""
-    array = np.array(picture.convert("RGB")) if hasattr(picture, "convert") else np.asarray(picture)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise UsageError(f"A picture must be a PIL image or uint8 [H, W, 3], not {array.dtype} {list(array.shape)}.")
-    return array
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UsageError(message)

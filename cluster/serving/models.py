@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneira.generative.finding import find_model
+from oneira.multimodal.public.names import absolute
 from oneira.platform.errors import DataError, UsageError
 from oneira.platform.runs import place_of
 
@@ -57,12 +58,12 @@ def needed_kinds(names: Sequence[str]) -> list[str]:
 
 
 def anywhere(name: str) -> str:
-    """The name of a generative model as a process in another folder understands it: a run or a folder by its whole path."""
+    """The name of a model as a process in another folder understands it: runs and folders by their whole path."""
     if find_model(name) is not None:
         for place in (place_of(name), Path(name).expanduser()):
             if place.exists():
                 return str(place.absolute())
-    return name
+    return absolute(name)
 
 
 def _sampler(name: str) -> list[Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from oneira.multimodal.stages import PictureRequest, State
-from oneira.platform.errors import DataError
+from oneira.platform.errors import DataError, UsageError
 
 from .engine import Work
 from .line import Line, Ticket
@@ -62,9 +62,9 @@ class Service:
     """Belongs to one event loop.
 
     Attributes:
-        models: names of the stages by name of the model. sizes: of the pictures that each model can give, rising, and
-            embedding: its number of dimensions; samples: what a model of samples gives, "points", "pictures" or "text"; all
-            known after `begin`. ready: pictures are made.
+        models: names of the stages by name of the model. sizes: of the pictures that each model can give, rising,
+            embedding: its number of dimensions, and finds: what its states hold; samples: what a model of samples gives,
+            "points", "pictures" or "text"; all known after `begin`. ready: pictures are made.
     """
 
     def __init__(self, way: Way, models: Mapping[str, Sequence[str]], line: Line | None = None) -> None:
@@ -72,6 +72,7 @@ class Service:
         self.sizes: dict[str, list[int]] = {}
         self.embedding: dict[str, int] = {}
         self.samples: dict[str, str] = {}
+        self.finds: dict[str, set[str]] = {}
         self.ready = False
         self.line = line or Line()
         self.measures = Measures(self.line)
@@ -97,6 +98,7 @@ class Service:
             if not sizes or "text_embedding" not in state:
                 raise DataError(f"Model '{model}' makes no picture. Its stages: {', '.join(self.models[model])}.")
             self.sizes[model], self.embedding[model] = sorted(set(sizes)), len(state["text_embedding"])
+            self.finds[model] = set(state)
         self.ready = True
 
     def stop(self) -> None:
@@ -118,7 +120,13 @@ class Service:
         return await self._all(model, requests, lambda state: _has(state, size), on_picture)
 
     async def embed(self, model: str, requests: Sequence[PictureRequest], name: str) -> list[State]:
-        """The state of each request as soon as it has `name`: "text_embedding" or "image_embedding". Raises as `draw`."""
+        """The state of each request as soon as it has `name`: "text_embedding" or "image_embedding".
+
+        Raises:
+            UsageError: the model has no such embedding. Else as `draw`.
+        """
+        if name not in self.finds.get(model, ()):
+            raise UsageError(f"Model '{model}' has no {name.replace('_', ' ')}s.")
         return await self._all(model, requests, lambda state: name in state, None)
 
     async def sample(self, model: str, request: SampleRequest) -> State:

@@ -30,7 +30,7 @@ class Site:
 
         self.loop = asyncio.new_event_loop()
         models = load_models([name], loader)
-        self.stages = models[name]
+        [(name, self.stages)] = models.items()
 
         async def begin():
             self.engine = Engine(models, threads=1)

@@ -15,6 +15,7 @@ from oneira.generative.diffusion import (
     SCHEDULES,
     Row,
     Schedule,
+    Spacing,
     advance,
     noise_of,
     plan,
@@ -68,10 +69,43 @@ def test_schedules_fall_and_preserve_variance(kind, timesteps):
     assert (alpha.diff() < 0).all() and alpha[0] > 0.94 and alpha[-1] < 0.03
 
 
-@pytest.mark.parametrize(("kind", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    ("kind", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2"), ("scaled-linear", "scaled_linear")]
+)
 def test_schedules_are_those_of_diffusers(kind, theirs):
     squared = diffusers.DDPMScheduler(beta_schedule=theirs).alphas_cumprod
     assert torch.allclose(Schedule(kind=kind).alpha_sigma[0] ** 2, squared, atol=2e-6)
+    if kind != "cosine":
+        squared = diffusers.DDPMScheduler(
+            100, beta_schedule=theirs, beta_start=0.001, beta_end=0.3
+        ).alphas_cumprod  # fmt: skip
+        ours = Schedule(kind=kind, timesteps=100, betas=(0.001, 0.3))
+        assert torch.allclose(ours.alpha_sigma[0] ** 2, squared, atol=2e-6)
+        assert ours.at(-1) == (1, 0) and Schedule(kind=kind, betas=(0.1, 0.2), clean=False).at(-1)[
+            0
+        ] ** 2 == pytest.approx(0.9)
+    with pytest.raises(ConfigError, match="betas"):
+        Schedule(kind="linear", betas=(0.2, 0.1))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize(
+    "spacing", [Spacing("leading", 1), Spacing("leading"), Spacing("linspace"), Spacing("trailing")]
+)
+def test_spacings_are_those_of_diffusers(spacing, steps):
+    common = {"timestep_spacing": spacing.kind, "steps_offset": spacing.offset}
+    for sampler, kind in (("ddim", diffusers.DDIMScheduler), ("dpm++", diffusers.DPMSolverMultistepScheduler)):
+        if (sampler, spacing.kind, steps) == ("ddim", "linspace", 1):
+            continue  # theirs takes one step from timestep 0, where no noise is left to take away
+        scheduler = kind(**common)
+        scheduler.set_timesteps(steps)
+        assert plan(Schedule(), sampler, steps, 0.0, spacing).timesteps.tolist() == scheduler.timesteps.tolist()
+
+
+def test_a_spacing_says_when_it_has_too_few_timesteps():
+    assert plan(Schedule(), "ddim", 500, 0.0, Spacing("leading", 1)).timesteps[0] == 999
+    with pytest.raises(UsageError, match="1000 steps asked for"):
+        plan(Schedule(), "dpm++", 1000, 0.0, Spacing("leading", 1))
 
 
 def test_offset_cosine_by_hand():
