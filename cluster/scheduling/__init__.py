@@ -1,0 +1,1 @@
+"""Who may use which device now, and which models stay in its memory."""
