@@ -46,6 +46,7 @@ class Lease:
     seconds: float = math.inf
     deadline: float = math.inf
     turn: float = 0.0
+    named: bool = False  # its client asked for this device
     restore: float = 0.0  # seconds for its model, where that was not on the device when it was placed
     state: Literal["waiting", "running", "paused"] = "waiting"
     granted: float = 0.0
@@ -117,7 +118,10 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The lease runs from now on. `load`: its client brings the model to the device first."""
+    """The lease runs from now on. `load`: its client brings the model to the device first.
+
+    One that the client did not ask for is there for that alone: it loads the model, and releases the lease.
+    """
 
     lease: int
     client: str
@@ -167,8 +171,13 @@ Event = Granted | Wanted | Refused | Cancelled | Move
 
 @dataclass(slots=True)
 class Model:
-    """A model that may be asked for. `devices`: where it is HOT."""
+    """A model that may be asked for. `devices`: where it is HOT. `coming`: the lease that brings it to one more.
+
+    again: when bringing it may be thought of next.
+    """
 
     name: str
     bytes: int
     devices: set[str] = field(default_factory=set)
+    coming: int = 0
+    again: float = 0.0

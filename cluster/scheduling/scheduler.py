@@ -26,6 +26,8 @@ from .placing import LOOKED_AT, Place, Soonest
 from .residency import Demand, Host, Restoring, State, cheapest
 
 SMOOTHING = 0.3  # of measured seconds
+PATIENCE = 0.25  # seconds between two thoughts of bringing a model to one more device
+WORTH = 1.5  # a model comes when it is worth so many times what leaves for it: less would go to and fro
 UNKNOWN_WAIT = 30.0  # seconds, told where only the end of a lease of unknown length makes room
 
 
@@ -132,7 +134,7 @@ class Scheduler:
         lease = Lease(
             next(self._ids), client, priority, now, device or "", model, rows, bytes, slots,
             math.inf if seconds is None else seconds, math.inf if deadline is None else now + deadline,
-            now + CAN_WAIT[priority],
+            now + CAN_WAIT[priority], device is not None,
         )  # fmt: skip
         place = self.places[device] if device is not None else self._choose(lease, now)
         if place is None or not self._possible(place, lease):
@@ -142,12 +144,10 @@ class Scheduler:
         if lease.deadline != math.inf:
             late = now + self.wait(lease) + self._length(lease) - lease.deadline
             if late > 0:
-                self._refuse(lease, "its deadline cannot be met", late if late < math.inf else UNKNOWN_WAIT)
+                ready = self._bring(lease, now)
+                self._refuse(lease, "its deadline cannot be met", ready or (late if late < math.inf else UNKNOWN_WAIT))
                 return lease.id
-        self.leases[lease.id] = lease
-        _add(place.wanted, model, 1)
-        place.line.add(lease)
-        self._advance(place)
+        self._enlist(place, lease)
         return lease.id
 
     def wait(self, lease: Lease) -> float:
@@ -165,7 +165,7 @@ class Scheduler:
         if lease is None:
             return
         place, now = self.places[lease.device], self.clock()
-        if lease.state == "running" and lease.model is not None and not lease.yielding:
+        if lease.state == "running" and lease.model is not None and not lease.yielding and lease.seconds:
             took, key = now - lease.granted - lease.restore, (lease.model, lease.rows)
             self._took[key] = self._took.get(key, took) + SMOOTHING * (took - self._took.get(key, took))
         self._end(place, lease, now)
@@ -313,6 +313,42 @@ class Scheduler:
         if best is None:
             best = next((place for place in self.places.values() if self._possible(place, lease)), None)
         return best
+
+    def _bring(self, lease: Lease, now: float) -> float | None:
+        """Has a model brought to one more device where it is worth more than what leaves for it.
+
+        A lease is refused where bringing its model takes too long; without this nobody would ever get that model.
+
+        Returns:
+            Seconds until it is there, where it comes.
+        """
+        if lease.model is None or now < (model := self.models[lease.model]).again or model.coming in self.leases:
+            return None
+        model.again = now + PATIENCE
+        best, least = None, math.inf
+        names = [lease.device] if lease.named else self._free.first(self._until, LOOKED_AT)
+        for place in (self.places[name] for name in names):
+            cost = None if model.name in place.ledger.residents else self._giving_up(place, lease, now)
+            if cost is not None and (cost, place.until()) < (least, best.until() if best else math.inf):
+                best, least = place, cost
+        if best is None:
+            return None
+        restore = self._restore(best, lease)
+        if restore * self.demand.rate(model.name, now) / (len(model.devices) + 1) <= WORTH * least:
+            return None
+        coming = replace(
+            lease, id=next(self._ids), device=best.name, bytes=0, seconds=0.0, deadline=math.inf, restore=restore
+        )
+        model.coming = coming.id
+        wait = best.wait(coming, now) + restore
+        self._enlist(best, coming)
+        return wait
+
+    def _enlist(self, place: Place, lease: Lease) -> None:
+        self.leases[lease.id] = lease
+        _add(place.wanted, lease.model, 1)
+        place.line.add(lease)
+        self._advance(place)
 
     def _until(self, name: str) -> float:
         return self.places[name].until()
