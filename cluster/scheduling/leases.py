@@ -4,8 +4,8 @@ The order is a time, the lease's turn: when it asked, and as many seconds on as 
 with a more urgent priority goes first, but not for ever: one `batch` lease is passed by the `interactive` ones of the
 next minute and by no other. Since a turn never changes while it waits, a heap holds the line.
 
-A lease that runs is paused for one with an earlier turn. Its own turn then is the one that it would get if it asked now;
-but one that was given the device because its turn had come keeps it for `QUANTUM` seconds.
+A lease that runs is paused for one with an earlier turn. Once it has run for `QUANTUM` seconds its own turn is the one that
+it would get if it asked now; before, it keeps the one it had, and where that has come nobody takes the device from it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Lease:
     restore: float = 0.0  # seconds for its model, where that was not on the device when it was placed
     state: Literal["waiting", "running", "paused"] = "waiting"
     granted: float = 0.0
+    ran: float = 0.0  # seconds since it got its turn, without those since it was granted
     yielding: bool = False  # it was told to pause
     recalled: bool = False  # it was told that somebody waits
     began: float = math.inf  # when it was first granted
@@ -63,7 +64,11 @@ class Lease:
     @property
     def safe_until(self) -> float:
         """Until then it keeps its turn: for a quantum, or what it is expected to take where that is not much longer."""
-        return self.granted + (QUANTUM if self.seconds == math.inf else max(QUANTUM, min(self.seconds, LONGEST)))
+        return (
+            self.granted
+            - self.ran
+            + (QUANTUM if self.seconds == math.inf else max(QUANTUM, min(self.seconds, LONGEST)))
+        )
 
     def standing(self, now: float) -> float:
         """The turn that counts for one that runs."""

@@ -20,7 +20,7 @@ from typing import Any
 from oneira.platform.devices import PRIORITIES, Priority
 from oneira.platform.errors import UsageError, did_you_mean
 
-from .leases import CAN_WAIT, Cancelled, Event, Granted, Lease, Model, Move, Refused, Wanted
+from .leases import CAN_WAIT, QUANTUM, Cancelled, Event, Granted, Lease, Model, Move, Refused, Wanted
 from .ledger import Working
 from .placing import LOOKED_AT, Place, Soonest
 from .residency import Demand, Host, Restoring, State, cheapest
@@ -182,7 +182,9 @@ class Scheduler:
         if lease.seconds != math.inf:
             lease.seconds = max(0.0, lease.seconds + lease.restore - (now - lease.granted))
         lease.state, lease.yielding, lease.recalled, lease.restore = "paused", False, False, 0.0
-        lease.turn = now + CAN_WAIT[lease.priority]
+        lease.ran += now - lease.granted
+        if lease.ran >= QUANTUM:
+            lease.turn, lease.ran = now + CAN_WAIT[lease.priority], 0.0
         self.pauses += 1
         place.line.add(lease)
         self._advance(place)
@@ -379,12 +381,17 @@ class Scheduler:
         now, head = self.clock(), place.line.head()
         if head is None:
             return
+        bytes_left = True
         for lease in [head] if len(place.line) == 1 else place.line.in_order():
-            if self._try(place, lease, now) == "stop":
+            if not bytes_left and self._takes(place, lease):
+                continue
+            outcome = self._try(place, lease, now)
+            if outcome == "stop":
                 return
+            bytes_left = bytes_left and outcome != "keep bytes"
 
     def _try(self, place: Place, lease: Lease, now: float) -> str:
-        """One lease at its place in the line: "done", "wait" (others may pass), "stop" (nobody may)."""
+        """One lease at its place in the line: "done", "wait" (others may pass), "keep bytes" (those who need none), "stop" (nobody)."""
         if self._is_late(lease, now):
             self._expire(place, lease, now)
             return "done"
@@ -396,8 +403,8 @@ class Scheduler:
         if short > 0 or (resident is not None and resident.leaving):
             if self._make_room(place, lease, short, now):
                 return "stop"
-            return "stop" if due and self._would_fit(place, lease, short) else "wait"
-        if lease.id not in place.ledger.held and self._needs(place, lease) > place.ledger.free:
+            return "keep bytes" if due and self._would_fit(place, lease, short) else "wait"
+        if self._takes(place, lease) > place.ledger.free:
             return "stop"  # what is on its way out has not left yet
         self._grant(place, lease, now)
         return "done"
@@ -528,9 +535,10 @@ class Scheduler:
         need = lease.bytes + self._bytes(lease.model)
         return lease.slots <= place.ledger.slots and need <= place.ledger.memory - pinned
 
-    def _needs(self, place: Place, lease: Lease) -> int:
+    def _takes(self, place: Place, lease: Lease) -> int:
+        """Bytes that granting it takes."""
         there = lease.model is None or lease.model in place.ledger.residents
-        return lease.bytes + (0 if there else self._bytes(lease.model))
+        return (0 if lease.id in place.ledger.held else lease.bytes) + (0 if there else self._bytes(lease.model))
 
     def _bytes(self, model: str | None) -> int:
         return 0 if model is None else self.models[model].bytes
