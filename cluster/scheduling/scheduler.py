@@ -216,12 +216,12 @@ class Scheduler:
             if owned or place in touched:
                 self._advance(place)
 
-    def adopt(self, lease: Lease) -> bool:
-        """Books in a lease that was granted before this scheduler began. False where it does not fit."""
+    def adopt(self, lease: Lease) -> int:
+        """Books in a lease that was granted before this scheduler began. Returns its number, or 0 where it does not fit."""
         place = self.places[lease.device]
         slots = lease.slots if lease.state == "running" else 0
         if lease.bytes > place.ledger.free or slots > place.ledger.slots_free:
-            return False
+            return 0
         lease = replace(lease, id=next(self._ids), yielding=False, recalled=False)
         place.ledger.hold(lease.id, lease.bytes, slots)
         self.leases[lease.id] = lease
@@ -231,7 +231,7 @@ class Scheduler:
             place.running[lease.id] = lease
         else:
             place.line.add(lease)
-        return True
+        return lease.id
 
     # What clients measure -------------------------------------------------------------------------------------------
 
@@ -395,11 +395,15 @@ class Scheduler:
         if self._is_late(lease, now):
             self._expire(place, lease, now)
             return "done"
+        resident = place.ledger.residents.get(lease.model or "")
+        if resident is not None and not resident.leaving and self.models[lease.model or ""].coming == lease.id:
+            del self.leases[lease.id]  # somebody else brought the model
+            self._end(place, lease, now)
+            return "done"
         due = lease.turn <= now
         if lease.slots > place.ledger.slots_free:
             return "stop" if self._make_time(place, lease, now) or due else "wait"
         short = place.missing(lease, self._bytes(lease.model))
-        resident = place.ledger.residents.get(lease.model or "")
         if short > 0 or (resident is not None and resident.leaving):
             if self._make_room(place, lease, short, now):
                 return "stop"
