@@ -2,7 +2,8 @@
 
     python benchmarks/scheduler.py [--requests 100000] [--seeds 3]
 
-Fleet: 1,000 devices, 200 models, 5,000 requests a second, on one core; the limits are 0.15 ms (mean) and 2 ms (p99).
+Fleet: 1,000 devices, 200 models, 5,000 requests a second, on one core; the
+limits are 0.15 ms (mean) and 2 ms (p99) of processor time.
 Goodput: requests answered within 3 times their unloaded latency, a second, at twice the load that the devices could
 carry; 20 models of mixed size by Zipf's law, memory for four; simulated. The peer is Ray Serve's multiplexing (the least
 recently used of four models goes), as it is by default and with the best of several limits to its queue. Ratios over
@@ -64,8 +65,8 @@ def goodput(seeds: int, overload: float) -> None:
         )
     capacity, ours_, default_, best = np.median(rows, axis=0)
     print(
-        f"goodput at {overload:g}x: ours {ours_ / capacity:.2f} of capacity, {ours_ / max(default_, 1e-9):.2f}x the peer, "
-        f"{ours_ / best:.2f}x the peer with its best limit (medians of {seeds} seeds)"
+        f"goodput at {overload:g}x, of capacity: ours {ours_ / capacity:.2f}, peer {default_ / capacity:.2f}, with its best limit "
+        f"{best / capacity:.2f}: {ours_ / best:.2f}x that (medians of {seeds} seeds)"
     )
 
 

@@ -396,7 +396,8 @@ class Scheduler:
             self._expire(place, lease, now)
             return "done"
         resident = place.ledger.residents.get(lease.model or "")
-        if resident is not None and not resident.leaving and self.models[lease.model or ""].coming == lease.id:
+        here = resident is not None and not resident.leaving and lease.state == "waiting"
+        if here and self.models[lease.model or ""].coming == lease.id:
             del self.leases[lease.id]  # somebody else brought the model
             self._end(place, lease, now)
             return "done"
