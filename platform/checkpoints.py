@@ -80,7 +80,7 @@ class Checkpoints:
         final = self.folder / f"{name}@{step:08d}"
         writing = self.folder / f"{WRITING}{final.name}-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             writing.mkdir()
             files[MANIFEST] = _manifest_bytes(name, step, files)
             for file, data in files.items():
@@ -258,6 +258,14 @@ def write_replacing(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, and waits until their names are on the disk."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_folder(place.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -335,7 +343,7 @@ def _read(folder: Path, name: str, step: int) -> Checkpoint:
         raise Damaged(_what_differs(files))
     try:
         return Checkpoint(safetensors.torch.load(files[TENSORS]), json.loads(files[META]), step)
-    except (ValueError, safetensors.SafetensorError) as error:
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise Damaged(f"cannot be decoded: {error}") from error
 
 

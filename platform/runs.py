@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import Checkpoints, json_bytes, plain, write_replacing
+from .checkpoints import Checkpoints, json_bytes, make_folder, plain, write_replacing
 from .config import flatten, from_dict, to_dict
 from .devices import describe
 from .errors import ConfigError, DataError, UsageError, did_you_mean
@@ -69,7 +69,7 @@ class Run:
             raise DataError(f"'{path}' exists and is not a run; a new run needs a new or empty folder.")
         document = {"preset": preset, "smoke": smoke, "config": to_dict(config)}
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             write_replacing(path / "config.json", json_bytes(document))
         except OSError as error:
             raise DataError(f"Cannot make a run in '{path}': {error.strerror or error}.") from error
