@@ -133,14 +133,14 @@ def read_model(folder: Path) -> GenerativeModel:
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         kind, config, space = card["kind"], card["config"], card["space"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"'{folder}' holds no model: its {CARD} cannot be read ({error}).") from error
     cls = load_entry_point("oneira.models", "model", kind)
     try:
         with torch.random.fork_rng(devices=[]):  # the first weights, which nobody will see, are random
             model = cls(from_dict(cls.Config, config), from_dict(Space, space))
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError, UsageError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, UsageError) as error:
         raise DataError(f"The model in '{folder}' cannot be read: {error}") from error
     return model.eval()
 

@@ -209,6 +209,11 @@ class Clip(nn.Module):
 
 
 def _network(model_cfg: Mapping[str, Any]) -> Any:
+    foreign = [
+        key for part in model_cfg.values() if isinstance(part, Mapping) for key in part if key[:3] in ("hf_", "tim")
+    ]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)} would fetch a network from elsewhere")
     from open_clip.model import CustomTextCLIP  # seconds to import, so not before it is needed
 
     return CustomTextCLIP(**{key: value for key, value in model_cfg.items() if key != "custom_text"})

@@ -52,8 +52,8 @@ def load_entry_point(group: str, kind: str, name: str) -> Any:
         EnvironmentMissing: a package that it needs is not installed.
     """
     points = find_entry_points(group)
-    if name not in points:
-        raise UsageError(f"Unknown {kind} '{name}'. {did_you_mean(name, points)}")
+    if not isinstance(name, str) or name not in points:  # a file may say anything
+        raise UsageError(f"Unknown {kind} '{name}'. {did_you_mean(str(name), points)}")
     try:
         return points[name].load()
     except ModuleNotFoundError as error:

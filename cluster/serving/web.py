@@ -31,6 +31,7 @@ from .asking import CLIENT_GONE, ApiError, ClientGone, as_api_error, gone, read_
 from .engine import Stopping
 from .line import Full
 from .pictures import Shelf, from_data_url, read_edit, read_picture, write_picture
+from .running import is_loopback
 from .sampling import SampleRequest
 from .schema import SEEDS, Edit, Embedding, Generation, Interpolation, Prompt, Sample, Variation, body, form
 from .service import Service
@@ -400,10 +401,26 @@ class _Door:
                 return ApiError(
                     401, "The API key is missing or wrong: Authorization: Bearer KEY.", code="invalid_api_key"
                 )
+        if self.key is None and not _from_here(headers):
+            return ApiError(
+                403, "Without a key the server answers by a loopback name only, and not to other sites' pages.",
+                code="not_from_here",
+            )  # fmt: skip
         length, limit = headers.get("content-length", "0"), _limit(path)
         if length.isdigit() and int(length[:20]) > limit:
             return _too_large(limit)
         return None
+
+
+def _from_here(headers: Headers) -> bool:
+    """Whether a request names a loopback host, and comes from no page of another site.
+
+    A page can make its own name lead to 127.0.0.1 (DNS rebinding), or post a form across sites; it cannot choose the
+    headers Host and Origin.
+    """
+    host, origin = headers.get("host", ""), headers.get("origin")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    return is_loopback(name.strip("[]").lower()) and origin in (None, f"http://{host}", f"https://{host}")
 
 
 def _limit(path: str) -> int:

@@ -40,7 +40,7 @@ class Site:
 
         self.loop.run_until_complete(begin())
         transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = httpx2.AsyncClient(transport=transport, base_url="http://server")
+        self.client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
 
     def ask(self, method, path, **options):
         return self.loop.run_until_complete(self.client.request(method, path, **options))
