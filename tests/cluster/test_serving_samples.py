@@ -72,7 +72,7 @@ class Site:
 
         self.loop.run_until_complete(begin())
         transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
-        self.client = httpx2.AsyncClient(transport=transport, base_url="http://server")
+        self.client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
 
     def ask(self, *documents):
         async def all_of_them():
