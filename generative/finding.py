@@ -29,6 +29,6 @@ def is_model(folder: Path) -> bool:
     """Whether a folder's card is one of ours: other models are kept in folders with a card as well."""
     try:
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(card, dict) and {"kind", "config", "space"} <= card.keys()
