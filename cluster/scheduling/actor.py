@@ -1,0 +1,200 @@
+"""The scheduler of a cluster: one detached, named Ray actor that hosts a `Scheduler` and passes its events on.
+
+Clients ask by calls that answer nothing, and hear by one call that is always under way (`listen`). When the actor dies
+Ray starts it again, empty; every client then hears that it is unknown, and tells what it has. Until `REJOIN_SECONDS` have
+gone by nothing is granted, so that nothing is granted twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from ..connection import NAMESPACE
+from .leases import Lease
+from .scheduler import Scheduler
+
+NAME = "device-scheduler"
+LISTEN_SECONDS = 1.0  # one call of `listen` at most
+TICK_SECONDS = 0.25
+REJOIN_SECONDS = 2.5  # after a restart
+SILENCE_SECONDS = 4.0  # of a client on another machine, after which it is dead; on this one its process is looked for
+
+
+class Desk:
+    """The actor. A client is a process: {"id", "host", "pid", "born"}; it numbers its leases itself."""
+
+    def __init__(self, restarted: bool | None = None) -> None:
+        self.scheduler = Scheduler(time.monotonic)
+        if _was_restarted() if restarted is None else restarted:
+            self.scheduler.open = False
+        self._opens = time.monotonic() + REJOIN_SECONDS
+        self._clients: dict[str, dict[str, Any]] = {}
+        self._heard: dict[str, float] = {}
+        self._mail: dict[str, list[dict[str, Any]]] = {}
+        self._rings: dict[str, asyncio.Event] = {}
+        self._ids: dict[tuple[str, int], int] = {}  # (client, its number) -> the scheduler's
+        self._numbers: dict[int, int] = {}
+        self._ticking: asyncio.Task | None = None
+
+    async def join(
+        self, client: Mapping[str, Any], devices: Sequence[Mapping[str, Any]], leases: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """A process says who it is, which devices its machine has, and which leases it has or waits for."""
+        if self._ticking is None:
+            self._ticking = asyncio.create_task(self._tick())
+        name = client["id"]
+        self._clients[name], self._heard[name] = dict(client), time.monotonic()
+        self._mail.setdefault(name, [])
+        self._rings.setdefault(name, asyncio.Event())
+        for device in devices:
+            self.scheduler.add_device(**device)
+        for held in leases:
+            self._take_back(name, held)
+        self._post()
+
+    def _take_back(self, client: str, held: Mapping[str, Any]) -> None:
+        if (client, held["number"]) in self._ids:
+            return
+        if held["state"] != "waiting":
+            now = self.scheduler.clock()
+            lease = Lease(
+                0, client, held["priority"], now, held["device"], None, 1, held["bytes"], held["slots"],
+                turn=now, named=True, state=held["state"], granted=now, began=now,
+            )  # fmt: skip
+            id = self.scheduler.adopt(lease)
+            if id:
+                self._know(client, held["number"], id)
+                return
+            self._mail[client].append({"kind": "Wanted", "number": held["number"], "pause": True})
+        self._ask(client, held["number"], held["priority"], held["device"], held["bytes"], held["slots"], None)
+
+    async def listen(self, client: str, steps: Mapping[int, float]) -> list[dict[str, Any]] | None:
+        """What there is to tell a client, as soon as there is something; at the latest after a second. None: who is that?
+
+        Args:
+            steps: seconds of a step, by the client's numbers of its leases.
+        """
+        if client not in self._clients:
+            return None
+        self._heard[client] = math.inf  # it is listening
+        for number, seconds in steps.items():
+            self.scheduler.stepped(self._ids.get((client, number), 0), seconds)
+        ring = self._rings[client]
+        if not self._mail[client]:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ring.wait(), LISTEN_SECONDS)
+        ring.clear()
+        self._heard[client] = time.monotonic()
+        mail, self._mail[client] = self._mail.get(client, []), []
+        return mail
+
+    async def ask(
+        self, client: str, number: int, priority: Any, device: str, bytes: int, slots: int, deadline: float | None
+    ) -> None:
+        """As `Scheduler.ask`; what comes of it is heard."""
+        if client in self._clients and (client, number) not in self._ids:
+            self._ask(client, number, priority, device, bytes, slots, deadline)
+            self._post()
+
+    def _ask(
+        self, client: str, number: int, priority: Any, device: str, bytes: int, slots: int, deadline: float | None
+    ) -> None:
+        events_before = self.scheduler.events()
+        id = self.scheduler.ask(client, priority, device=device, bytes=bytes, slots=slots, deadline=deadline)
+        self._know(client, number, id)
+        self._post(events_before)
+
+    async def release(self, client: str, number: int) -> None:
+        id = self._ids.pop((client, number), None)
+        if id is not None:
+            del self._numbers[id]
+            self.scheduler.release(id)
+            self._post()
+
+    async def pause(self, client: str, number: int) -> None:
+        """The lease's loop has stopped between two steps."""
+        self.scheduler.pause(self._ids.get((client, number), 0))
+        self._post()
+
+    async def cancel(self, id: int) -> bool:
+        """Takes back the lease that `report` shows under this number. False where there is none."""
+        known = id in self.scheduler.leases
+        self.scheduler.cancel(id)
+        self._post()
+        return known
+
+    async def report(self) -> dict[str, Any]:
+        """As `Scheduler.report`, with the clients."""
+        return {**self.scheduler.report(), "clients": [dict(client) for client in self._clients.values()]}
+
+    def _know(self, client: str, number: int, id: int) -> None:
+        self._ids[client, number], self._numbers[id] = id, number
+
+    def _post(self, before: Sequence[Any] = ()) -> None:
+        """Puts events into the mail of those whom they are for."""
+        for event in [*before, *self.scheduler.events()]:
+            if event.client in self._mail and getattr(event, "lease", 0) in self._numbers:
+                letter = {"kind": type(event).__name__, "number": self._numbers[event.lease], **asdict(event)}
+                self._mail[event.client].append(letter)
+                self._rings[event.client].set()
+                if letter["kind"] == "Refused":
+                    del self._ids[event.client, self._numbers.pop(event.lease)]
+
+    async def _tick(self) -> None:
+        host = socket.gethostname()
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            now = time.monotonic()
+            if not self.scheduler.open and now >= self._opens:
+                self.scheduler.open = True
+            for name, client in list(self._clients.items()):
+                silent = now - self._heard[name]  # negative infinity while it listens
+                if not _lives(client) if client["host"] == host else silent > SILENCE_SECONDS:
+                    self._forget(name)
+            self.scheduler.tick()
+            self._post()
+
+    def _forget(self, name: str) -> None:
+        for key in [key for key in self._ids if key[0] == name]:
+            del self._numbers[self._ids.pop(key)]
+        del self._clients[name], self._mail[name], self._heard[name]
+        self._rings.pop(name).set()
+        self.scheduler.forget(name)
+
+
+def _was_restarted() -> bool:
+    import ray
+
+    return ray.get_runtime_context().was_current_actor_reconstructed
+
+
+def _lives(client: Mapping[str, Any]) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(client["pid"])
+        return abs(process.create_time() - client["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def find_desk(*, start: bool = True) -> Any:
+    """The cluster's scheduler; it is started where there is none, or the answer is None."""
+    import ray
+
+    if not start:
+        with suppress(ValueError):
+            return ray.get_actor(NAME, namespace=NAMESPACE)
+        return None
+    options: dict[str, Any] = {
+        "name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, "num_cpus": 0,
+        "max_restarts": -1, "max_concurrency": 1000,
+    }  # fmt: skip
+    return ray.remote(Desk).options(**options).remote()

@@ -1,0 +1,278 @@
+"""A device whose time the cluster's scheduler grants: the `Device` of `platform/devices.py` in a process that is on Ray.
+
+    device = ClusterDevice()
+    with device.lease(priority="train", bytes=...) as lease:
+        for batch in batches:
+            lease.step()              # looks at one flag; waits where somebody more urgent takes the device
+            ...
+
+A thread listens to the scheduler. A lease that its block has left stays with the process for a while, unless somebody
+waits, and serves the next block that asks for the same: short blocks in a row cost no round trip each.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from oneira.platform.devices import PRIORITIES, Priority, num_cores, pick_device
+from oneira.platform.errors import ClusterError, Interrupted, UsageError, did_you_mean
+
+from .actor import find_desk
+
+if TYPE_CHECKING:
+    import torch
+
+LINGER_SECONDS = 2.0  # for which a lease stays after its block
+USABLE = 0.9  # of a device's memory
+RETRY_SECONDS = 0.1  # between two tries to reach a scheduler that is being started again
+SMOOTHING = 0.1  # of the seconds of a step
+
+
+class Busy(ClusterError):
+    """The device cannot be had before the deadline. `retry_after`: seconds until it should."""
+
+    def __init__(self, why: str, retry_after: float) -> None:
+        super().__init__(f"The device was not granted: {why}. It should do in {retry_after:.1f} s.")
+        self.retry_after = retry_after
+
+
+class ClusterLease:
+    """A lease of one block. Belongs to the block's thread; the listener's thread sets its flags."""
+
+    def __init__(self, session: _Session, number: int, fields: dict[str, Any]) -> None:
+        self.number, self.fields = number, fields
+        self.state = "waiting"
+        self.in_use = True
+        self.recalled = self.cancelled = False
+        self.refused: dict[str, Any] | None = None
+        self.left = 0.0  # when its last block ended
+        self.step_seconds = 0.0
+        self._session, self._stepped = session, 0.0
+        self._attention = False  # step() has to look
+        self._news = threading.Event()
+
+    def step(self) -> None:
+        """Between two steps. Waits while somebody more urgent has the device. Raises Interrupted where it was cancelled."""
+        if self._attention:
+            self._attend()
+        now = time.perf_counter()
+        if self._stepped:
+            took = now - self._stepped
+            self.step_seconds += (SMOOTHING if self.step_seconds else 1.0) * (took - self.step_seconds)
+        self._stepped = now
+
+    def _attend(self) -> None:
+        self._attention = False
+        if not self.cancelled:
+            self._news.clear()
+            self._session.paused(self)
+            self.wait()
+        if self.cancelled:
+            raise Interrupted("The lease of the device was cancelled.")
+        self._stepped = 0.0
+
+    def wait(self) -> None:
+        """Until it is granted, refused or cancelled."""
+        while not (self.state == "running" or self.cancelled or self.refused):
+            self._news.wait()
+            self._news.clear()
+
+    def hear(self, letter: dict[str, Any]) -> None:
+        """In the listener's thread."""
+        kind = letter["kind"]
+        if kind == "Granted":
+            self.state, self.recalled = "running", False
+        elif kind == "Wanted":
+            self.recalled = True
+            self._attention = self._attention or letter["pause"]
+        elif kind == "Refused":
+            self.refused = letter
+        elif kind == "Cancelled":
+            self.cancelled = self._attention = True
+        self._news.set()
+
+    def held(self) -> dict[str, Any]:
+        """What a scheduler that was started again is told of it."""
+        return {"number": self.number, "state": self.state, **self.fields}
+
+
+class _Session:
+    """This process as the scheduler knows it."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self.desk = find_desk()
+        self.host = socket.gethostname()
+        self.id = f"{self.host}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.about = {"id": self.id, "host": self.host, "pid": os.getpid(), "born": psutil.Process().create_time()}
+        self.devices = _devices(self.host)
+        self._numbers = itertools.count(1)
+        self._leases: dict[int, ClusterLease] = {}
+        self._lock = threading.Lock()
+        self._join()
+        threading.Thread(target=self._listen, name="device-leases", daemon=True).start()
+
+    def take(self, fields: dict[str, Any], deadline: float | None) -> ClusterLease:
+        """A lease that runs: one that stayed, or a new one. Raises Busy, ClusterError, Interrupted."""
+        with self._lock:
+            for lease in self._leases.values():
+                if not lease.in_use and not lease.recalled and not lease.cancelled and lease.fields == fields:
+                    lease.in_use = True
+                    return lease
+            lease = ClusterLease(self, next(self._numbers), fields)
+            self._leases[lease.number] = lease
+        self.desk.ask.remote(self.id, lease.number, *fields.values(), deadline)
+        lease.wait()
+        if lease.refused is not None:
+            del self._leases[lease.number]
+            why, retry_after = lease.refused["why"], lease.refused["retry_after"]
+            if retry_after is None:
+                raise ClusterError(f"The device was not granted: {why} ({fields['bytes']} bytes).")
+            raise Busy(why, retry_after)
+        if lease.cancelled:
+            self.give_back(lease)
+            raise Interrupted("The lease of the device was cancelled.")
+        return lease
+
+    def leave(self, lease: ClusterLease) -> None:
+        """Its block ended. It stays where nobody waits."""
+        with self._lock:
+            lease.in_use, lease.left, lease._stepped = False, time.monotonic(), 0.0
+            stays = not lease.recalled and not lease.cancelled
+        if not stays:
+            self.give_back(lease)
+
+    def give_back(self, lease: ClusterLease) -> None:
+        with self._lock:
+            if self._leases.pop(lease.number, None) is None:
+                return
+        self.desk.release.remote(self.id, lease.number)
+
+    def paused(self, lease: ClusterLease) -> None:
+        lease.state = "paused"
+        self.desk.pause.remote(self.id, lease.number)
+
+    def _listen(self) -> None:
+        try:
+            self._hear_all()
+        finally:
+            _sessions.pop(os.getpid(), None)  # whoever connects again begins anew
+
+    def _hear_all(self) -> None:
+        import ray
+        from ray.exceptions import RayActorError
+
+        while ray.is_initialized():
+            steps = {n: lease.step_seconds for n, lease in list(self._leases.items()) if lease.step_seconds}
+            try:
+                mail = ray.get(self.desk.listen.remote(self.id, steps))
+                if mail is None:
+                    self._join()
+            except RayActorError:
+                time.sleep(RETRY_SECONDS)
+                with suppress(Exception):  # it may be gone for good: then a new one is made
+                    self.desk = find_desk()
+                continue
+            except (Exception, SystemExit):  # the connection to Ray was closed
+                return
+            for letter in mail or ():
+                lease = self._leases.get(letter["number"])
+                if lease is not None:
+                    lease.hear(letter)
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Gives back what stayed too long, or is wanted now."""
+        now = time.monotonic()
+        for lease in list(self._leases.values()):
+            with self._lock:
+                over = lease.recalled or lease.cancelled or now - lease.left > LINGER_SECONDS
+                goes = not lease.in_use and over
+                if goes:
+                    self._leases.pop(lease.number, None)
+            if goes:
+                self.desk.release.remote(self.id, lease.number)
+
+    def _join(self) -> None:
+        import ray
+
+        ray.get(
+            self.desk.join.remote(self.about, self.devices, [lease.held() for lease in list(self._leases.values())])
+        )
+
+
+_sessions: dict[int, _Session] = {}
+_starting = threading.Lock()
+
+
+def _session() -> _Session:
+    """This process's, made at the first ask; a process that was forked has its own."""
+    with _starting:
+        if os.getpid() not in _sessions:
+            _sessions.clear()
+            _sessions[os.getpid()] = _Session()
+        return _sessions[os.getpid()]
+
+
+def _devices(host: str) -> list[dict[str, Any]]:
+    """The devices of this machine, as `Scheduler.add_device` takes them."""
+    import psutil
+
+    memory = psutil.virtual_memory().total
+    cpu = {"name": f"{host}/cpu", "memory": int(USABLE * memory), "slots": num_cores(), "kind": "cpu"}
+    found = [{**cpu, "node": host, "host": memory // 4}]
+    place = pick_device()
+    if place.type == "cuda":
+        import torch
+
+        for index in range(torch.cuda.device_count()):
+            total = torch.cuda.get_device_properties(index).total_memory
+            about = {"name": f"{host}/cuda:{index}", "memory": int(USABLE * total), "slots": 1, "kind": "cuda"}
+            found.append({**about, "node": host, "host": 0})
+    elif place.type == "mps":
+        found.append({**cpu, "name": f"{host}/mps", "slots": 1, "kind": "mps", "node": host, "host": 0})
+    return found
+
+
+class ClusterDevice:
+    """A torch device of this machine, its time granted by the cluster's scheduler. The process is connected to Ray."""
+
+    def __init__(self, name: str = "auto", *, cores: int = 0) -> None:
+        """`cores`: of a CPU, that a lease takes; 0 is all. An accelerator is leased as a whole."""
+        self.name, self.cores = name, cores
+
+    @functools.cached_property
+    def torch_device(self) -> torch.device:
+        return pick_device(self.name)
+
+    @contextmanager
+    def lease(
+        self, *, bytes: int = 0, priority: Priority = "train", deadline: float | None = None
+    ) -> Iterator[ClusterLease]:
+        """As `Device.lease`.
+
+        Raises:
+            Busy: the deadline cannot be met. ClusterError: so many bytes are more than the device has.
+            Interrupted: it was cancelled.
+        """
+        if priority not in PRIORITIES:
+            raise UsageError(f"Unknown priority '{priority}'. {did_you_mean(priority, PRIORITIES)}")
+        session, place = _session(), self.torch_device
+        kind = f"{place.type}:{place.index or 0}" if place.type == "cuda" else place.type
+        slots = (self.cores or num_cores()) if kind == "cpu" else 1
+        fields = {"priority": priority, "device": f"{session.host}/{kind}", "bytes": bytes, "slots": slots}
+        lease = session.take(fields, deadline)
+        try:
+            yield lease
+        finally:
+            session.leave(lease)
