@@ -15,9 +15,12 @@ from oneira.platform.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
-    """Adds `devices` and `serve`."""
+    """Adds `devices`, `serve` and `deploy`."""
+    from .deploy.commands import deploy
+
     app.command()(devices)
     app.command()(serve)
+    app.command()(deploy)
 
 
 def devices(

@@ -20,7 +20,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import CheckpointError, UsageError
+from .logs import say
 
 if TYPE_CHECKING:
     import torch
@@ -214,7 +214,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def warn(message: str) -> None:
     """Says a warning aloud, on stderr."""
-    print(f"oneira: warning: {message}", file=sys.stderr, flush=True)
+    say("warning", f"oneira: warning: {message}")
 
 
 def _check_name(name: str) -> None:

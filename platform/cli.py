@@ -175,7 +175,9 @@ def add_commands() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"oneira: {message}", file=sys.stderr, flush=True)
+    from .logs import say
+
+    say("error", f"oneira: {message}", exit_code=code)
     return code
 
 

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .logs import in_json, say
+
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_LOOKS = 0.5
 NOT_VALUES = ("time", "stage", "step", "at", "total", "event")
@@ -24,14 +26,15 @@ NOT_VALUES = ("time", "stage", "step", "at", "total", "event")
 
 def json_text(document: Any) -> str:
     """Strict JSON: numbers that are not finite become null."""
-    return json.dumps(_finite(document), indent=1, ensure_ascii=False)
+    return json.dumps(json_finite(document), indent=1, ensure_ascii=False)
 
 
-def _finite(value: Any) -> Any:
+def json_finite(value: Any) -> Any:
+    """A tree of values with None for every number that is not finite, and text for paths."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): json_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [json_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
@@ -146,7 +149,7 @@ class Progress:
         self.stages: dict[str, _Stage] = {}
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="progress", daemon=True)
-        self.display = _Bars() if sys.stderr.isatty() else _Lines()
+        self.display = _Bars() if sys.stderr.isatty() and not in_json() else _Lines()
 
     def __enter__(self) -> Progress:
         self.thread.start()
@@ -198,8 +201,9 @@ class Progress:
 class _Lines:
     """Plain lines on stderr."""
 
-    def say(self, name: str, text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')}  {name:<14} {text}", file=sys.stderr, flush=True)
+    def say(self, name: str, text: str, stage: _Stage | None = None) -> None:
+        fields = {} if stage is None else {"step": stage.step, "total": stage.total, **stage.values}
+        say("progress", f"{time.strftime('%H:%M:%S')}  {name:<14} {text}", stage=name, **fields)
 
     def begin(self, name: str, stage: _Stage) -> None:
         self.say(name, "begins" + (f", {stage.total} steps" if stage.total else ""))
@@ -207,15 +211,15 @@ class _Lines:
 
     def step(self, name: str, stage: _Stage) -> None:
         if time.monotonic() - stage.last_said >= SECONDS_BETWEEN_LINES:
-            self.say(name, stage.text())
+            self.say(name, stage.text(), stage)
             stage.last_said = time.monotonic()
 
     def end(self, name: str, stage: _Stage) -> None:
-        self.say(name, f"done      {stage.text()}")
+        self.say(name, f"done      {stage.text()}", stage)
 
     def close(self, stages: Mapping[str, _Stage]) -> None:
         for name, stage in stages.items():
-            self.say(name, stage.text())
+            self.say(name, stage.text(), stage)
 
 
 class _Bars:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from . import logs
 from .config import override, read_toml
 from .console import Progress
 from .errors import EnvironmentMissing, Interrupted, UsageError
@@ -97,6 +98,7 @@ def train(run: Run, executor: str, address: str | None, *, progress: bool = True
         Interrupted: Ctrl-C or SIGTERM came; the message says how to go on.
         UsageError: another process trains this run, or there is no such executor.
     """
+    logs.about["run"] = run.name
     with run.lock(), _signals_interrupt():
         try:
             run.checkpoints.clean()
