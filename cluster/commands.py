@@ -27,7 +27,7 @@ def devices(
     address: Annotated[str | None, typer.Option(help="HOST:PORT of a running cluster's head.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Show the devices that torch sees here and, where a cluster runs, what Ray sees on it. Starts nothing."""
+    """Show the devices that torch sees here and, where a cluster runs, what Ray and its scheduler see on it. Starts nothing."""
     seen = survey(address)
     if as_json:
         typer.echo(json.dumps(seen, indent=2))
@@ -38,19 +38,34 @@ def devices(
     typer.echo(f"cluster: {cluster['address'] if cluster else 'none is running'}")
     for node in cluster["nodes"] if cluster else []:
         typer.echo(f"  node {node['id'][:8]} at {node['address']}: {node['resources']}")
+    for device in (cluster["scheduler"] or {"devices": []})["devices"] if cluster else []:
+        used, memory = device["used"] / 1e9, device["memory"] / 1e9
+        typer.echo(
+            f"  device {device['name']}: {used:.1f} of {memory:.1f} GB, {device['slots_taken']} of {device['slots']} slots"
+        )
+        for lease in device["leases"]:
+            typer.echo(
+                f"    {lease['priority']} of {lease['client']} {lease['state']} for {lease['seconds']:.0f} s: "
+                f"{lease['bytes'] / 1e9:.1f} GB, {lease['slots']} slots"
+            )
 
 
 def survey(address: str | None = None) -> dict[str, Any]:
-    """{"local": what torch sees, "cluster": None or {"address", "nodes", "resources", "available"}}."""
+    """{"local": what torch sees, "cluster": None or {"address", "nodes", "resources", "available", "scheduler"}}.
+
+    scheduler: None, where no process has asked it for a device yet, or its `Scheduler.report`.
+    """
     import ray
 
     from oneira.platform.devices import describe
 
     from .connection import connect
+    from .scheduling.actor import find_desk
 
     connected = connect(address, start=False)
     seen: dict[str, Any] = {"local": describe(), "cluster": None}
     if connected is not None:
+        desk = find_desk(start=False)
         nodes = [
             {"id": node["NodeID"], "address": node["NodeManagerAddress"], "resources": node["Resources"]}
             for node in ray.nodes()
@@ -61,6 +76,7 @@ def survey(address: str | None = None) -> dict[str, Any]:
             "nodes": nodes,
             "resources": ray.cluster_resources(),
             "available": ray.available_resources(),
+            "scheduler": None if desk is None else ray.get(desk.report.remote()),
         }
     return seen
 

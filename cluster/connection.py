@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,7 @@ class Cluster:
 
 
 _current: Cluster | None = None
+before_leaving: list[Callable[[], None]] = []  # what is called, once, before this process leaves the cluster
 _in_use: IO[str] | None = None
 
 
@@ -94,6 +95,8 @@ def disconnect() -> None:
     global _current
     import ray
 
+    while before_leaving:
+        before_leaving.pop()()
     if _current is not None and _current.started:
         _hand_over()
     _current = None

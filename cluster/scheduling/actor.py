@@ -90,10 +90,18 @@ class Desk:
         if not self._mail[client]:
             with suppress(TimeoutError):
                 await asyncio.wait_for(ring.wait(), LISTEN_SECONDS)
+        if client not in self._clients:
+            return None
         ring.clear()
         self._heard[client] = time.monotonic()
-        mail, self._mail[client] = self._mail.get(client, []), []
+        mail, self._mail[client] = self._mail[client], []
         return mail
+
+    async def leave(self, client: str) -> None:
+        """A process ends in order: what it held is free."""
+        if client in self._clients:
+            self._forget(client)
+            self._post()
 
     async def ask(
         self, client: str, number: int, priority: Any, device: str, bytes: int, slots: int, deadline: float | None

@@ -12,6 +12,7 @@ waits, and serves the next block that asks for the same: short blocks in a row c
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import os
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from oneira.platform.devices import PRIORITIES, Priority, num_cores, pick_device
 from oneira.platform.errors import ClusterError, Interrupted, UsageError, did_you_mean
 
+from ..connection import before_leaving
 from .actor import find_desk
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 LINGER_SECONDS = 2.0  # for which a lease stays after its block
 USABLE = 0.9  # of a device's memory
+CLOSE_SECONDS = 3.0  # for the listener to end
 RETRY_SECONDS = 0.1  # between two tries to reach a scheduler that is being started again
 SMOOTHING = 0.1  # of the seconds of a step
 
@@ -120,7 +123,19 @@ class _Session:
         self._leases: dict[int, ClusterLease] = {}
         self._lock = threading.Lock()
         self._join()
-        threading.Thread(target=self._listen, name="device-leases", daemon=True).start()
+        self._closed = False
+        self._thread = threading.Thread(target=self._listen, name="device-leases", daemon=True)
+        self._thread.start()
+        before_leaving.append(self.close)
+        atexit.register(self.close)  # before Ray's own, which was registered when Ray was imported
+
+    def close(self) -> None:
+        """Gives everything back, and ends the listener before the connection to Ray ends: it must not speak after."""
+        atexit.unregister(self.close)
+        if not self._closed and self._thread.is_alive():
+            self._closed = True
+            self.desk.leave.remote(self.id)
+            self._thread.join(CLOSE_SECONDS)
 
     def take(self, fields: dict[str, Any], deadline: float | None) -> ClusterLease:
         """A lease that runs: one that stayed, or a new one. Raises Busy, ClusterError, Interrupted."""
@@ -172,11 +187,11 @@ class _Session:
         import ray
         from ray.exceptions import RayActorError
 
-        while ray.is_initialized():
+        while not self._closed and ray.is_initialized():
             steps = {n: lease.step_seconds for n, lease in list(self._leases.items()) if lease.step_seconds}
             try:
                 mail = ray.get(self.desk.listen.remote(self.id, steps))
-                if mail is None:
+                if mail is None and not self._closed:
                     self._join()
             except RayActorError:
                 time.sleep(RETRY_SECONDS)

@@ -1,6 +1,8 @@
 """The scheduler on a real Ray: leases that stay, pauses that change no byte, deaths of clients and of the scheduler itself."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -105,6 +107,31 @@ def test_training_that_is_paused_ends_with_the_same_bytes(device):
     training.join()
     assert report()["counts"]["pauses"] > pauses and times >= 2
     assert all(torch.equal(alone[key], found[key]) for key in alone)
+
+
+def test_the_devices_command_shows_who_has_what(device, capsys):
+    from oneira.cluster.commands import devices, survey
+
+    with device.lease(priority="dream", bytes=int(2e9)):
+        devices(address=None, as_json=False)
+        [cpu] = survey()["cluster"]["scheduler"]["devices"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "dream of" in line]
+    assert len(lines) == 1 and "running" in lines[0] and "2.0 GB" in lines[0]
+    assert cpu["slots_taken"] == cpu["slots"] and cpu["used"] >= 2e9
+
+
+def test_a_process_that_ends_in_order_gives_back_at_once_and_says_nothing(ray_cluster, device):
+    script = (
+        "from oneira.cluster import connect, disconnect\n"
+        "from oneira.cluster.scheduling.client import ClusterDevice\n"
+        "connect()\n"
+        "with ClusterDevice('cpu').lease(priority='train') as lease:\n    lease.step()\n"
+        "disconnect()\n"
+        "print('went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+    assert not leases()
 
 
 def test_what_is_cancelled_stops_at_its_next_step_and_what_is_too_large_is_refused(device):
