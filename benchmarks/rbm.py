@@ -2,7 +2,7 @@
 
     python benchmarks/rbm.py                     about one minute on two cores
 
-Prints the pseudo-log-likelihood of the test digits (nats, exact for both, higher is better). Each is trained at three learning
+Prints the pseudo-log-likelihood of the test digits (nats, exact for both, higher is better). Each is trained at four learning
 rates and its best one counts, so that neither suffers from the other's. The bar is equal or better.
 """
 
@@ -27,7 +27,7 @@ def main() -> None:
     ruler = RBM(RBMConfig(hidden=given.hidden), data.space)
     train, test = (ruler.shares(torch.as_tensor(first_rows(data, split, 10**6)["x"])) for split in ("train", "test"))
     found: dict[str, dict[float, float]] = {"ours": {}, "scikit-learn": {}}
-    for lr in (1e-3, 3e-3, 1e-2):
+    for lr in (3e-3, 1e-2, 3e-2, 1e-1):
         torch.manual_seed(0)
         began = time.perf_counter()
         settings = TrainSettings(
@@ -36,7 +36,7 @@ def main() -> None:
         model = fit(RBM(RBMConfig(hidden=given.hidden, chains=batch), data.space), batches(data, batch, 0), settings)
         found["ours"][lr] = float(model.pseudo_log_likelihood(test).mean())
         print(f"ours, lr {lr:g}: {found['ours'][lr]:.2f} nats, {time.perf_counter() - began:.1f} s")
-    for lr in (0.01, 0.05, 0.1):
+    for lr in (0.05, 0.1, 0.3, 1.0):
         began = time.perf_counter()
         theirs = BernoulliRBM(
             given.hidden, learning_rate=lr, batch_size=batch, n_iter=given.epochs, random_state=0

@@ -212,4 +212,4 @@ def mlp_things() -> Any:
 
 
 def cnn_things() -> Any:
-    return _run(Classifier, ClassifierConfig(noise=0.0), THINGS, steps=3000, lr=1e-3, ema=0.99)
+    return _run(Classifier, ClassifierConfig(noise=0.0), THINGS, steps=3000, lr=2e-3, ema=0.99)
