@@ -93,17 +93,14 @@ def _mlp(space: Space, width: int) -> nn.Module:
 def _cnn(space: Space, width: int) -> nn.Module:
     """3x3 convolutions, each second one of stride 2 until at most 4 pixels are left, then one dense layer."""
     height, wide, channels = space.shape
+    layers: list[nn.Module] = [nn.Conv2d(channels, width // 2 or 1, 3, padding=1), nn.ReLU()]
     inner = width // 2 or 1
-    layers = _conv(channels, inner)
     while min(height, wide) > 4:
-        layers += [*_conv(inner, width, 2), *_conv(width, width)]
+        layers += [
+            nn.Conv2d(inner, width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+        ]
         height, wide, inner = -(-height // 2), -(-wide // 2), width
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inner * height * wide, width), nn.ReLU())
-
-
-def _conv(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
-    """With weights by which signals keep their size (He et al. 2015): torch's own let ten layers learn next to nothing."""
-    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
-    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-    nn.init.zeros_(conv.bias)
-    return [conv, nn.ReLU()]
