@@ -198,6 +198,14 @@ def test_classifiers_learn_digits(digits, body):
     assert model.features(rows(digits, 5)["x"]).shape == (5, 16)
 
 
+@pytest.mark.parametrize("body", ["mlp", "cnn"])
+def test_classifiers_look_past_brightness_and_contrast(digits, body):
+    model = Classifier(ClassifierConfig(body=body, width=8), digits.space).eval()
+    x = rows(digits, 20)["x"] // 3
+    for other in (x + 9, x * 3):
+        assert torch.allclose(model.features(x), model.features(other), atol=1e-3)
+
+
 # Diffusion ------------------------------------------------------------------------------------------------------------
 
 
