@@ -121,7 +121,8 @@ def _check_samples(model: GenerativeModel, data: dict[str, Tensor]) -> Iterator[
     else:
         shared = model.draw(model.noise([(3, 7), (2, 8)]))
         alone = torch.cat([first, model.sample(2, 8)])
-        if not torch.allclose(shared.float(), alone.float(), atol=SHARED * max(1, model.space.levels)):
+        apart = (shared.float() - alone.float()).abs().flatten(1).amax(1) > SHARED * max(1, model.space.levels)
+        if apart.sum() > 1:  # one row may have met a draw so near to the next value that the last digit decides
             yield "`draw` gives a group of rows other rows when another group is drawn with it."
 
 
