@@ -15,12 +15,14 @@ from oneira.platform.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
-    """Adds `devices`, `serve` and `deploy`."""
+    """Adds `devices`, `serve`, `deploy`, `submit` and `jobs`."""
     from .deploy.commands import deploy
+    from .jobs.commands import register as register_jobs
 
     app.command()(devices)
     app.command()(serve)
     app.command()(deploy)
+    register_jobs(app)
 
 
 def devices(

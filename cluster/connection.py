@@ -5,7 +5,7 @@ under `$ONEIRA_HOME` (default `~/.oneira`), and else starts a local one. A local
 every client for a token that only this user can read, logs to files, and ends with the process that started it, which
 stays until the commands that joined are done.
 
-    $ONEIRA_HOME/cluster/local.json    the running local cluster: address, host, pid and start time of its owner
+    $ONEIRA_HOME/cluster/local.json    the running local cluster: address, Jobs API, host, pid and start time of its owner
     $ONEIRA_HOME/cluster/token         its secret (mode 0600), unless RAY_AUTH_MODE or RAY_AUTH_TOKEN* are set
     $ONEIRA_HOME/cluster/lock          held while one process looks for the cluster or starts it
     $ONEIRA_HOME/cluster/users         locked by every process that joined the local cluster, for as long as it lives
@@ -18,6 +18,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -36,6 +37,7 @@ NAMESPACE = "oneira"
 OBJECT_STORE_BYTES = 1 << 30
 ANSWER_SECONDS = 6.0  # for an address that must answer; the promise is an error within 10 s
 HEAD_LOST_SECONDS = "10"  # after which processes of a local cluster whose head was killed end themselves (Ray: 60)
+JOBS_ONLY = ["--modules-to-load=JobHead,NodeHead"]  # of the dashboard; NodeHead tells JobHead which node is the head
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0" on any system: Ray takes 127.0.0.1 as its node address
 
@@ -47,6 +49,7 @@ class Cluster:
     address: str
     started: bool
     session: Path | None  # Ray's folder of logs and sockets, where this process knows it
+    dashboard: str | None = None  # HOST:PORT of the Jobs API, where the cluster takes jobs
 
 
 _current: Cluster | None = None
@@ -54,7 +57,7 @@ before_leaving: list[Callable[[], None]] = []  # what is called, once, before th
 _in_use: IO[str] | None = None
 
 
-def connect(address: str | None = None, *, start: bool = True) -> Cluster | None:
+def connect(address: str | None = None, *, start: bool = True, jobs: bool = False) -> Cluster | None:
     """Connect this process to a Ray cluster; a second call returns the connection that is there.
 
     Call it from the main thread: Linux ends the processes of a started cluster with the thread that started them.
@@ -62,6 +65,7 @@ def connect(address: str | None = None, *, start: bool = True) -> Cluster | None
     Args:
         address: `HOST:PORT` of a cluster's head. None: `RAY_ADDRESS`, or the user's local cluster.
         start: start a local cluster where none runs; else the answer is None.
+        jobs: a cluster that is started takes jobs (which costs it a process more).
 
     Raises:
         ClusterError: the address does not answer (said within 10 s), refuses the token, or runs another version.
@@ -76,15 +80,15 @@ def connect(address: str | None = None, *, start: bool = True) -> Cluster | None
             raise ClusterError(f"Cannot use {wanted}: already connected to {current.address}. One cluster a process.")
         return current
     if wanted is not None:
-        _current = _join(wanted, local=_is_loopback(wanted))
+        _current = _join(wanted, local=is_loopback(host_of(wanted)))
         return _current
     with _lock():
-        record = _running()
+        record = running()
         if record is not None:
             _current = _join(record["address"], local=True)
             _use()
         elif start:
-            _current = _start()
+            _current = _start(jobs)
         else:
             return None
     return _current
@@ -111,36 +115,40 @@ def home() -> Path:
 # --- start and join --------------------------------------------------------------------------------------------------
 
 
-def _start() -> Cluster:
+def _start(jobs: bool) -> Cluster:
     import psutil
     import ray
 
-    _use_local_settings()
+    use_local_settings()
+    if jobs:  # jobs and the installer of their code are found by name
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     memory = min(OBJECT_STORE_BYTES, psutil.virtual_memory().available // 4)
     try:
-        with _keeping_sigterm(), _bare_head():
+        with _keeping_sigterm(), _bare_head(jobs):
             context: Any = ray.init(
-                address="local", num_cpus=num_cores(), object_store_memory=memory, include_dashboard=False,
-                namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
+                address="local", num_cpus=num_cores(), object_store_memory=memory, include_dashboard=jobs,
+                dashboard_host="127.0.0.1", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
             )  # fmt: skip
     except Exception as error:
         raise ClusterError(f"Could not start a local Ray cluster: {error}") from error
     cluster = _cluster(context.address_info, started=True)
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "created": psutil.Process().create_time()}
-    record = {"address": cluster.address, "session": str(cluster.session), **owner}
+    record = {"address": cluster.address, "dashboard": cluster.dashboard, "session": str(cluster.session), **owner}
     _write_atomically(_folder() / "local.json", json.dumps(record))
     atexit.register(_hand_over)  # before Ray's own, which was registered when Ray was imported
     return cluster
 
 
 @contextmanager
-def _bare_head() -> Iterator[None]:
+def _bare_head(jobs: bool) -> Iterator[None]:
     """Start Ray's head without three helpers of no use to a local cluster, which `ray.init` has no option to leave out.
+    With `jobs` the dashboard's server stays, which has the Jobs API, but few of its modules: each is a process.
 
     They are the autoscaler's monitor, the forwarder of workers' output (`log_to_driver` is off), and what is left of
     the dashboard when it is off (usage statistics). Each is an interpreter with many imports, and Ray waits for the
     last one: together 60% of the CPU time of a start.
     """
+    from ray._private import ray_constants, services
     from ray._private.node import Node
 
     idle = {
@@ -148,12 +156,24 @@ def _bare_head() -> Iterator[None]:
         "start_log_monitor": lambda node: None,
         "start_api_server": lambda node, **options: setattr(node, "_webui_url", ""),
     }
+    start_process, agent_port = services.start_ray_process, ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
+
+    def start_lean(command: list[str], process_type: str, *rest: Any, **options: Any) -> Any:
+        more = JOBS_ONLY if process_type == ray_constants.PROCESS_TYPE_DASHBOARD else []
+        # The raylet's agent, which runs jobs, would insist on one port: a second cluster on the machine would take none.
+        words = [word.replace(f"--listen-port={agent_port}", "--listen-port=0") for word in command]
+        return start_process([*words, *more], process_type, *rest, **options)
+
+    if jobs:
+        del idle["start_api_server"]
     before = {name: getattr(Node, name) for name in idle}
     try:
+        services.start_ray_process = start_lean
         for name, function in idle.items():
             setattr(Node, name, function)
         yield
     finally:
+        services.start_ray_process = start_process
         for name, function in before.items():
             setattr(Node, name, function)
 
@@ -162,8 +182,8 @@ def _join(address: str, *, local: bool) -> Cluster:
     import ray
 
     if local:
-        _use_local_settings()
-    _must_answer(address)
+        use_local_settings()
+    must_answer(address)
     try:
         with _keeping_sigterm():
             context: Any = ray.init(
@@ -175,10 +195,11 @@ def _join(address: str, *, local: bool) -> Cluster:
 
 
 def _cluster(info: Mapping[str, Any], *, started: bool) -> Cluster:
-    return Cluster(address=info["gcs_address"], started=started, session=Path(info["session_dir"]))
+    dashboard = info.get("webui_url") or None
+    return Cluster(address=info["gcs_address"], started=started, session=Path(info["session_dir"]), dashboard=dashboard)
 
 
-def _must_answer(address: str) -> None:
+def must_answer(address: str) -> None:
     """Ask the head for its health. Ray itself tries a dead address for two minutes, then ends the process."""
     problem = _silence(address, ANSWER_SECONDS)
     if problem:
@@ -213,7 +234,7 @@ def _silence(address: str, seconds: float) -> str | None:
 # --- what Ray reads from the environment -----------------------------------------------------------------------------
 
 
-def _use_local_settings() -> None:
+def use_local_settings() -> None:
     """Loopback only, a token of this user's own, no usage statistics: for this process and the cluster it starts."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", HEAD_LOST_SECONDS)
@@ -259,7 +280,7 @@ def _exit(number: int, frame: object) -> None:
 # --- the record of the local cluster ---------------------------------------------------------------------------------
 
 
-def _running() -> dict[str, Any] | None:
+def running() -> dict[str, Any] | None:
     """The recorded local cluster if its owner lives on this host and its head answers."""
     import psutil
 
@@ -331,6 +352,11 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the host (a name or an address, without a port)."""
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+def host_of(address: str) -> str:
+    """The host of HOST:PORT."""
+    return address.rpartition(":")[0].strip("[]")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 from oneira.platform import errors
 from oneira.platform.errors import ClusterError, UsageError, did_you_mean
 
-from ..connection import connect
+from ..connection import connect, is_loopback
 from .models import LOADER, anywhere
 
 if TYPE_CHECKING:
@@ -97,11 +97,6 @@ def serve(
         server.close()
         raise
     return server
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
 
 
 def _free_port(host: str, port: int) -> int:

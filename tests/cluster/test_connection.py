@@ -36,7 +36,7 @@ def gone(pid: int, seconds: float) -> bool:
 
 
 def test_a_dead_address_is_an_error_within_ten_seconds():
-    from oneira.cluster.connection import _must_answer
+    from oneira.cluster.connection import must_answer
 
     with socket.socket() as closed, socket.socket() as silent:
         closed.bind(("127.0.0.1", 0))
@@ -46,7 +46,7 @@ def test_a_dead_address_is_an_error_within_ten_seconds():
             address = f"127.0.0.1:{listener.getsockname()[1]}"
             began = time.monotonic()
             with pytest.raises(ClusterError, match=address):
-                _must_answer(address)
+                must_answer(address)
             assert time.monotonic() - began < 10
 
 

@@ -1,0 +1,34 @@
+"""What a job runs on the cluster: an Oneira command, given as an argument vector in the environment, so that no shell reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+ENTRYPOINT = "exec python -m oneira.cluster.jobs.entry"  # all that the shell of Ray's Jobs API ever sees
+VARIABLE = "ONEIRA_JOB"  # {"arguments": [...], "folder": where the command runs, "head": HOST:PORT or null}
+
+
+def main() -> None:
+    """Sees to it that a supervisor watches, then is the command `oneira`, in the folder of the job."""
+    job = json.loads(os.environ[VARIABLE])
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
+    if job.get("head"):  # Ray names the cluster that was started last on this machine, which may be another
+        os.environ["RAY_ADDRESS"] = job["head"]
+    from ..connection import connect
+    from .supervisor import ensure_supervisor
+
+    connect()
+    ensure_supervisor()
+    sys.argv = ["oneira", *job["arguments"]]
+    from oneira.platform.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()
