@@ -285,7 +285,7 @@ def damage(chance: random.Random, folders: list[Path]) -> str:
     """Damages files of these checkpoints in one of many ways, and says how."""
     folder = chance.choice(folders)
     file = folder / chance.choice(FILES)
-    data = bytearray(file.read_bytes())
+    data = bytearray(file.read_bytes() or b"\0")  # what was damaged before may be empty
     kind = chance.choice(["bit", "bits", "cut", "zeros", "longer", "gone", "swap", "byte", "folder gone", "folder cut"])
     place = chance.randrange(len(data))
     if kind in ("bit", "bits"):
