@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from oneira.platform.presets import preset_names
-from oneira.platform.runs import Run, place_of, runs_folder
 
 CARD, WEIGHTS = "model.json", "model.safetensors"
 
@@ -14,6 +13,8 @@ CARD, WEIGHTS = "model.json", "model.safetensors"
 def find_model(name: str | Path) -> Path | None:
     """The folder with the weights of a run (a path, or its name in runs/), of a preset's newest trained run, or of a folder
     that `GenerativeModel.save` wrote; None where there is none."""
+    from oneira.platform.runs import Run, place_of, runs_folder  # brings numpy, which --help does without
+
     place = place_of(name)
     for folder in (Path(name).expanduser(), place, place / "model"):
         if is_model(folder):

@@ -210,7 +210,11 @@ class Clip(nn.Module):
 
 def _network(model_cfg: Mapping[str, Any]) -> Any:
     foreign = [
-        key for part in model_cfg.values() if isinstance(part, Mapping) for key in part if key[:3] in ("hf_", "tim")
+        key
+        for part in model_cfg.values()
+        if isinstance(part, Mapping)
+        for key in part
+        if key[:3] in ("hf_", "tim") and key != "hf_tokenizer_name"
     ]
     if foreign:
         raise ValueError(f"{', '.join(foreign)} would fetch a network from elsewhere")
