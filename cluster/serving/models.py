@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from oneira.generative.finding import find_model
 from oneira.multimodal.public.names import absolute
 from oneira.platform.errors import DataError, UsageError
-from oneira.platform.runs import place_of
 
 if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage
@@ -60,6 +59,8 @@ def needed_kinds(names: Sequence[str]) -> list[str]:
 def anywhere(name: str) -> str:
     """The name of a model as a process in another folder understands it: runs and folders by their whole path."""
     if find_model(name) is not None:
+        from oneira.platform.runs import place_of  # brings numpy, which --help does without
+
         for place in (place_of(name), Path(name).expanduser()):
             if place.exists():
                 return str(place.absolute())
