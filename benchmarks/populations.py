@@ -19,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--populations", type=int, default=5)
-    parser.add_argument("--generations", type=int, default=2, help="of each of several; one alone has as many in all")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--generations", type=int, default=1, help="of each of several; one alone has as many in all")
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     from oneira.agents.evolving import evolve
     from oneira.agents.stages import packed_model
@@ -39,7 +39,7 @@ def main() -> None:
             )
             for i, n in enumerate(names)
         )
-        plan = replace(config, rounds=(replace(config.rounds[last], populations=populations, segments=1),))
+        plan = replace(config, rounds=(replace(config.rounds[0], populations=populations, segments=1),))
         with tempfile.TemporaryDirectory() as folder:
             run = Run.create(Path(folder) / "run", "benchmark", plan)
             began = time.perf_counter()

@@ -209,13 +209,9 @@ class Clip(nn.Module):
 
 
 def _network(model_cfg: Mapping[str, Any]) -> Any:
-    foreign = [
-        key
-        for part in model_cfg.values()
-        if isinstance(part, Mapping)
-        for key in part
-        if key[:3] in ("hf_", "tim") and key != "hf_tokenizer_name"
-    ]
+    settings = {key for part in model_cfg.values() if isinstance(part, Mapping) for key in part}
+    # The tokenizer's name is for open_clip's own loaders; words are read from the folder here.
+    foreign = sorted(key for key in settings - {"hf_tokenizer_name"} if key.startswith(("hf_", "timm_")))
     if foreign:
         raise ValueError(f"{', '.join(foreign)} would fetch a network from elsewhere")
     from open_clip.model import CustomTextCLIP  # seconds to import, so not before it is needed

@@ -24,6 +24,12 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "bf16", "fp32")
 
 
+def check_priority(priority: str) -> None:
+    """UsageError where it is none of `PRIORITIES`."""
+    if priority not in PRIORITIES:
+        raise UsageError(f"Unknown priority '{priority}'. {did_you_mean(priority, PRIORITIES)}")
+
+
 def num_cores() -> int:
     """Cores that this process may use (a container's limit on affinity counted)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -145,6 +151,5 @@ class LocalDevice:
     def lease(
         self, *, bytes: int = 0, priority: Priority = "train", deadline: float | None = None
     ) -> Iterator[LocalLease]:
-        if priority not in PRIORITIES:
-            raise UsageError(f"Unknown priority '{priority}'. {did_you_mean(priority, PRIORITIES)}")
+        check_priority(priority)
         yield LocalLease()

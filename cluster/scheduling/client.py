@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from oneira.platform.devices import PRIORITIES, Priority, num_cores, pick_device
-from oneira.platform.errors import ClusterError, Interrupted, UsageError, did_you_mean
+from oneira.platform.devices import Priority, check_priority, num_cores, pick_device
+from oneira.platform.errors import ClusterError, Interrupted
 
 from ..connection import before_leaving
 from .actor import find_desk
@@ -280,8 +280,7 @@ class ClusterDevice:
             Busy: the deadline cannot be met. ClusterError: so many bytes are more than the device has.
             Interrupted: it was cancelled.
         """
-        if priority not in PRIORITIES:
-            raise UsageError(f"Unknown priority '{priority}'. {did_you_mean(priority, PRIORITIES)}")
+        check_priority(priority)
         session, place = _session(), self.torch_device
         kind = f"{place.type}:{place.index or 0}" if place.type == "cuda" else place.type
         slots = (self.cores or num_cores()) if kind == "cpu" else 1

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from oneira.platform.devices import PRIORITIES, Priority
+from oneira.platform.devices import Priority, check_priority
 from oneira.platform.errors import UsageError, did_you_mean
 
 from .leases import CAN_WAIT, QUANTUM, Cancelled, Event, Granted, Lease, Model, Move, Refused, Wanted
@@ -120,8 +120,7 @@ class Scheduler:
         Raises:
             UsageError: no such priority, device or model.
         """
-        if priority not in PRIORITIES:
-            raise UsageError(f"Unknown priority '{priority}'. {did_you_mean(priority, PRIORITIES)}")
+        check_priority(priority)
         if device is not None and device not in self.places:
             raise UsageError(f"Unknown device '{device}'. {did_you_mean(device, self.places)}")
         if model is not None and model not in self.models:

@@ -15,12 +15,8 @@ if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage
 
 LOADER = "oneira.multimodal.text_to_image:load_text_to_image"
-PICTURES = (
-    "text",
-    "prior",
-    "decoder",
-    "upsampler",
-)  # kinds of stages, in their order: "upsampler-128" is of the last kind
+PICTURES = ("text", "prior", "decoder", "upsampler")
+"""Kinds of stages that draw pictures, in their order: "upsampler-128" is of the last kind."""
 KINDS = (*PICTURES, "sampler")
 
 
