@@ -32,6 +32,7 @@ from .models import GenerativeModel, read_model
 
 TOLERANCE = 1e-4  # float32, of what must be undone; log-determinants may be off by this share of their size, too
 SHARED = 1e-2  # by how much rows may differ that were drawn in a batch of another size; of pictures, times their levels
+PIXELS = 0.1  # the share of pixels that may do so
 JACOBIAN = 64  # rows of more numbers are too large for a whole Jacobian here
 
 
@@ -121,9 +122,20 @@ def _check_samples(model: GenerativeModel, data: dict[str, Tensor]) -> Iterator[
     else:
         shared = model.draw(model.noise([(3, 7), (2, 8)]))
         alone = torch.cat([first, model.sample(2, 8)])
-        apart = (shared.float() - alone.float()).abs().flatten(1).amax(1) > SHARED * max(1, model.space.levels)
-        if apart.sum() > 1:  # one row may have met a draw so near to the next value that the last digit decides
-            yield "`draw` gives a group of rows other rows when another group is drawn with it."
+        apart = _apart(shared, alone, model.space.levels)
+        if apart:
+            yield f"`draw` gives a group of rows other rows when another group is drawn with it: {apart}."
+
+
+def _apart(a: Tensor, b: Tensor, levels: int) -> str:
+    """How rows differ by more than last digits, or "": pixels that lay between two levels may have fallen on either."""
+    difference = (a.float() - b.float()).abs().flatten(1)
+    far = difference.amax(1) > (max(1.0, SHARED * levels) if levels else SHARED)
+    if levels:
+        far |= (difference > 0).float().mean(1) > PIXELS
+    if not far.any():
+        return ""
+    return f"rows {far.nonzero()[:, 0].tolist()} of {len(a)}, by up to {float(difference.max()):.3g}"
 
 
 def _check_saving(model: GenerativeModel, data: dict[str, Tensor]) -> Iterator[str]:

@@ -5,7 +5,7 @@
 
 "digits" (scikit-learn's 8x8, 17 levels, labelled), "moons" (two moons, points), "images" (a folder; a subfolder is a
 label where there are several), "texts" (a .txt file or a folder of them), "array" (a .npy file: float points [N, D] or
-uint8 pictures [N, H, W, C]).
+uint8 pictures [N, H, W, C]), "hub" (a data set of the Hugging Face hub by its name, see `hub`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Rows = dict[str, np.ndarray]  # "x": rows as the space says; "y": labels int64 [
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which data. path: of "images", "texts" and "array". size: pixels a side of "images" and "scenes".
+    """Which data. path: of "images", "texts" and "array", and the name of "hub". size: pixels a side of pictures that are read or drawn.
     length: tokens of a row of text, and vocabulary: how many different ones there may be."""
 
     name: str
@@ -156,26 +156,30 @@ def _path(config: DataConfig) -> Path:
 
 def images(config: DataConfig) -> Arrays:
     """All pictures of a folder, cut to a square and made `size` pixels wide, in memory: uint8 [N, size, size, 3]."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     folder = _path(config)
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES)
     if not files:
         raise DataError(f"'{folder}' holds no pictures ({', '.join(PICTURES)}).")
     found = np.empty((len(files), config.size, config.size, 3), np.uint8)
     for place, file in zip(found, files, strict=True):
-        try:
-            with Image.open(file) as picture:
-                side = ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (config.size, config.size))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"'{file}' cannot be read as a picture: {error}") from error
-        place[:] = np.asarray(side)
+        place[:] = square(file, config.size, str(file))
     names = sorted({file.parent for file in files})
     rows: Rows = {"x": found}
     if len(names) > 1:
         rows["y"] = np.array([names.index(file.parent) for file in files], np.int64)
     classes = len(names) if len(names) > 1 else 0
     return Arrays.divide(Space(kind="pictures", shape=found.shape[1:], levels=256, classes=classes), rows)
+
+
+def square(file: Any, size: int, name: str) -> np.ndarray:
+    """A picture's file, cut to a square and made `size` pixels wide, uint8 [size, size, 3]. Raises DataError with its name."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as picture:
+            return np.asarray(ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (size, size)))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"'{name}' cannot be read as a picture: {error}") from error
 
 
 def array(config: DataConfig) -> Arrays:

@@ -13,11 +13,12 @@ is wrong with it. Its kind is found by an entry point:
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -85,6 +86,16 @@ class GenerativeModel(nn.Module, ABC):
     def noise(self, groups: Sequence[tuple[int, int]]) -> Noise:
         """The noise of groups (rows, seed) that are drawn together, each as if it were alone."""
         return Noise([(n, self.generator(seed)) for n, seed in groups])
+
+    def precise(self) -> Self:
+        """A copy in float64 (float32 on devices without it), for draws of whole numbers.
+
+        Whether a value falls on one side of a number drawn or the other may hang on a sum's last digit, which changes
+        with how many rows are drawn together, and one that falls otherwise changes all that are drawn after it. That
+        happens to a row in some thousands in float32, and to none that anybody will see in float64.
+        """
+        model = copy.deepcopy(self)
+        return model if self.device.type == "mps" else model.double()
 
     @property
     def can_sample(self) -> bool:

@@ -68,15 +68,15 @@ class PixelCNN(GenerativeModel):
         self.out = MaskedConv(width, groups * self.numbers, 1, "B", groups)
 
     def _input(self, x: Tensor) -> Tensor:
-        """Pictures [B, H, W, C] -> float32 [B, C, H, W] in [-1, 1]."""
-        return self.space.to_signed(x.permute(0, 3, 1, 2))
+        """Pictures [B, H, W, C] -> [B, C, H, W] in [-1, 1], in the weights' precision."""
+        return self.space.to_signed(x.permute(0, 3, 1, 2)).to(self.out.weight)
 
     def _said(self, x: Tensor) -> Tensor:
-        """Of the distribution of each number: float32 [B, H, W, C, numbers]."""
+        """Of the distribution of each number: [B, H, W, C, numbers]."""
         h = self.first(self._input(x))
         for block in self.blocks:
             h = block(h)
-        found = self.out(F.relu(self.last(F.relu(h)))).float()
+        found = self.out(F.relu(self.last(F.relu(h)))).to(self.out.weight)
         return found.permute(0, 2, 3, 1).unflatten(-1, (self.space.shape[2], self.numbers))
 
     def _log_probs(self, parameters: Tensor, values: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class PixelCNN(GenerativeModel):
     def draw(self, noise: Noise, *, cached: bool = True) -> Tensor:
         """Pictures uint8 [n, H, W, C]. Not `cached`: by one whole pass for each number; the same pictures."""
         nothing = torch.zeros(len(noise), *self.space.shape, dtype=torch.uint8, device=self.device)
-        return self._fill(nothing, torch.zeros_like(nothing, dtype=torch.bool), noise, cached)
+        return self.precise()._fill(nothing, torch.zeros_like(nothing, dtype=torch.bool), noise, cached)
 
     def complete(self, x: Tensor, known: Tensor, seed: int, cached: bool = True) -> Tensor:
         """Pictures of which the numbers `known` (bool [n, H, W, C] or one picture's) are given, the others drawn in order.
@@ -117,7 +117,7 @@ class PixelCNN(GenerativeModel):
         if x.shape[1:] != self.space.shape:
             raise UsageError(f"Pictures of shape {list(x.shape[1:])}; this model's are {list(self.space.shape)}.")
         x[~known] = 0
-        return self._fill(x, known, self.noise([(len(x), seed)]), cached)
+        return self.precise()._fill(x, known, self.noise([(len(x), seed)]), cached)
 
     @torch.no_grad()
     def _fill(self, x: Tensor, known: Tensor, noise: Noise, cached: bool) -> Tensor:
@@ -140,7 +140,7 @@ class PixelCNN(GenerativeModel):
         height, width, _ = self.space.shape
         convs = [self.first, *(block.middle for block in self.blocks)]
         return [
-            torch.zeros(rows, conv.in_channels, height + 2 * conv.reach, width + 2 * conv.reach, device=self.device)
+            self.out.weight.new_zeros(rows, conv.in_channels, height + 2 * conv.reach, width + 2 * conv.reach)
             for conv in convs
         ]
 
@@ -150,7 +150,7 @@ class PixelCNN(GenerativeModel):
         for block, kept in zip(self.blocks, cache[1:], strict=True):
             h = block.at(h, kept, i, j)
         h = F.relu(self.last.at(F.relu(h)))
-        return self.out.at(h).float().unflatten(1, (self.space.shape[2], self.numbers))
+        return self.out.at(h).unflatten(1, (self.space.shape[2], self.numbers))
 
 
 class MaskedConv(nn.Conv2d):
@@ -205,15 +205,15 @@ def logistic_log_prob(parameters: Tensor, values: Tensor, levels: int) -> Tensor
     """log p of whole numbers under a mixture of logistic distributions, cut into levels (Salimans et al. 2017, eq. 2).
 
     Args:
-        parameters: float32 [..., 3 K]: logits, means (in [-1, 1]) and log-scales of the parts.
+        parameters: floats [..., 3 K]: logits, means (in [-1, 1]) and log-scales of the parts.
         values: [..., N] in [0, levels); the lowest and the highest level reach to infinity.
 
     Returns:
-        float32 [..., N].
+        [..., N], in the parameters' precision.
     """
     logits, means, log_scales = (part[..., None, :] for part in parameters.chunk(3, -1))
     half = 1 / (levels - 1)
-    x = (values.float() * 2 * half - 1)[..., None]  # as the pictures are given to the network
+    x = (values.to(means.dtype) * 2 * half - 1)[..., None]  # as the pictures are given to the network
     inverse = torch.exp(-log_scales.clamp(min=-7))
     upper, lower = (x - means + half) * inverse, (x - means - half) * inverse
     inside = torch.log((torch.sigmoid(upper) - torch.sigmoid(lower)).clamp(min=1e-12))

@@ -2,9 +2,11 @@
 
 ae-digits, dae-digits        autoencoder, and one that takes noise away, on digits
 cnn-digits, mlp-digits       classifiers of digits; cnn-things, mlp-things of pictures of one object, by shape and colour
+cnn-cifar10, mlp-cifar10     classifiers of CIFAR-10's photographs, for whoever has a network or the data
 cgan-digits, cgan-things     conditional GAN on digits, and on pictures of one object
 dcgan-digits, wgan-digits    GANs on digits: with a critic of likelihoods, and of distances
 ddpm-digits, ddpm-things     diffusion on digits, and on pictures of one object, told the label
+bilstm-captions              a recurrent encoder that reads both ways and fills in hidden words of captions
 ebm-digits, ebm-moons        energy-based models
 encoder-captions             a transformer that fills in hidden words of captions
 ffjord-moons                 a flow in continuous time on two moons
@@ -18,8 +20,8 @@ realnvp-moons                a flow of affine couplings on two moons
 translator-captions          an encoder-decoder that says a short caption in full
 vae-digits, vae-scenes       variational autoencoders; beta-vae-scenes with beta 4
 
-On data of one's own: `oneira train vae-scenes --set data.name=images --set data.path=FOLDER`; a folder of labelled pictures, such
-as CIFAR-10's, goes with `cnn-things` and `mlp-things` in the same way. With `--set classifier=RUN`, a run of `cnn-digits` or
+On data of one's own: `oneira train vae-scenes --set data.name=images --set data.path=FOLDER`; a folder of labelled pictures goes
+with `cnn-things` and `mlp-things` in the same way. CIFAR-10 comes from the hub, or from a folder of its Parquet files. With `--set classifier=RUN`, a run of `cnn-digits` or
 `cnn-things` judges the samples of the models of those data.
 """
 
@@ -28,6 +30,7 @@ from __future__ import annotations
 from typing import Any
 
 from .autoencoder import VAE, Autoencoder, AutoencoderConfig, VAEConfig
+from .bidirectional import Bidirectional, BidirectionalConfig
 from .classifier import Classifier, ClassifierConfig
 from .datasets import DataConfig
 from .ddpm import DDPM, DDPMConfig
@@ -49,6 +52,7 @@ from .translator import Translator, TranslatorConfig
 MOONS, DIGITS = DataConfig(name="moons"), DataConfig(name="digits")
 SCENES, THINGS = DataConfig(name="scenes", size=32), DataConfig(name="things", size=32)
 CAPTIONS = DataConfig(name="captions", length=48)
+CIFAR10 = DataConfig(name="hub", path="uoft-cs/cifar10")
 
 
 def _run(model: Any, config: Any, data: DataConfig, checks: int = 2000, **training: Any) -> Any:
@@ -96,6 +100,10 @@ def lstm_captions() -> Any:
 
 def gru_captions() -> Any:
     return _run(Recurrent, RecurrentConfig(cell="gru"), CAPTIONS, steps=3000, lr=3e-3, ema=0.99)
+
+
+def bilstm_captions() -> Any:
+    return _run(Bidirectional, BidirectionalConfig(), CAPTIONS, steps=3000, lr=3e-3, ema=0.99)
 
 
 def gpt_captions() -> Any:
@@ -213,3 +221,12 @@ def mlp_things() -> Any:
 
 def cnn_things() -> Any:
     return _run(Classifier, ClassifierConfig(noise=0.0), THINGS, steps=3000, lr=2e-3, ema=0.99)
+
+
+def mlp_cifar10() -> Any:
+    config = ClassifierConfig(body="mlp", noise=0.0)
+    return _run(Classifier, config, CIFAR10, 10_000, **_few(8000, lr=1e-3, ema=0.99))
+
+
+def cnn_cifar10() -> Any:
+    return _run(Classifier, ClassifierConfig(noise=0.0), CIFAR10, 10_000, **_few(8000, lr=2e-3, ema=0.99))

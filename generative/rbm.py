@@ -94,6 +94,9 @@ class RBM(GenerativeModel):
     @torch.no_grad()
     def draw(self, noise: Noise) -> Tensor:
         """Pictures after `sweeps` Gibbs steps from bits by chance; shown are the probabilities of the last step."""
+        return self.precise()._draw(noise)
+
+    def _draw(self, noise: Noise) -> Tensor:
         v = noise.bits(torch.sigmoid(self.visible).expand(len(noise), -1))
         v = self.gibbs(v, self.config.sweeps - 1, noise)
         return self.decode(noise.bits(self._mean_hidden(v)))

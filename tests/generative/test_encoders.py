@@ -1,10 +1,11 @@
-"""The transformer encoder and the encoder-decoder: masks by perturbation, the cache, learning."""
+"""The encoders, transformer and recurrent, and the encoder-decoder: masks by perturbation, the cache, learning."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from oneira.generative.bidirectional import Bidirectional, BidirectionalConfig
 from oneira.generative.datasets import Arrays, batches, learn_tokens, text_space, token_rows
 from oneira.generative.encoder import Encoder, EncoderConfig
 from oneira.generative.spaces import PAD
@@ -42,9 +43,30 @@ def test_the_encoder_sees_both_ways_but_no_padding(pairs):
         model.states(torch.ones(1, 9, dtype=torch.long))
 
 
-def test_the_encoder_learns_to_fill_in(pairs):
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_recurrent_encoder_reads_both_ways_but_no_padding(cell, pairs):
     torch.manual_seed(0)
-    model = Encoder(EncoderConfig(width=32, layers=2, heads=2), pairs.space)
+    model = Bidirectional(BidirectionalConfig(cell=cell, width=16, layers=2), pairs.space).eval()
+    a, b, c = tokens(pairs, "red dog", "red cat", "owl dog").split(1)
+    length = int((a != PAD).sum())
+    assert not torch.allclose(model.states(a)[0, 1], model.states(b)[0, 1], atol=1e-4), "the first word sees the second"
+    assert not torch.allclose(model.states(a)[0, length - 1], model.states(c)[0, length - 1], atol=1e-4), (
+        "and the last the first"
+    )
+    assert torch.allclose(model.states(a)[:, :length], model.states(a[:, :length]), atol=1e-6)
+    assert torch.allclose(model.encode(torch.cat([a, b]))[:1], model.encode(a[:, :length]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda space: Encoder(EncoderConfig(width=32, layers=2, heads=2), space),
+        lambda space: Bidirectional(BidirectionalConfig(width=64, layers=1), space),
+    ],
+)
+def test_the_encoders_learn_to_fill_in(make, pairs):
+    torch.manual_seed(0)
+    model = make(pairs.space)
     fit(model, batches(pairs, 64, 0), TrainSettings(steps=200, batch_size=64, lr=5e-3, warmup=20, precision="fp32"))
     x = tokens(pairs, "red dog", "green owl")
     known = torch.ones_like(x, dtype=torch.bool)
@@ -82,6 +104,9 @@ def test_the_translator_learns_to_turn_words_round(pairs):
 
 
 def test_impossible_configs_are_refused():
-    for make in (lambda: EncoderConfig(width=30, heads=4), lambda: TranslatorConfig(layers=0)):
+    for make in (
+        lambda: EncoderConfig(width=30, heads=4), lambda: TranslatorConfig(layers=0), lambda: BidirectionalConfig(width=15),
+        lambda: BidirectionalConfig(cell="lstn"),
+    ):  # fmt: skip
         with pytest.raises(ConfigError):
             make()

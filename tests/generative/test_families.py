@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from oneira.generative.autoencoder import VAE, Autoencoder, AutoencoderConfig, VAEConfig
+from oneira.generative.bidirectional import Bidirectional, BidirectionalConfig
 from oneira.generative.checking import ModelProblems, check_model
 from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.datasets import Arrays, DataConfig, first_rows, learn_tokens, load_data, text_space, token_rows
@@ -38,6 +39,8 @@ SMALL: dict[str, tuple[Callable, str]] = {
         lambda space: Autoencoder(AutoencoderConfig(objective="denoising", z=4, width=4), space),
         "digits",
     ),
+    "bidirectional-gru": (lambda space: Bidirectional(BidirectionalConfig(cell="gru", width=16), space), "verses"),
+    "bidirectional-lstm": (lambda space: Bidirectional(BidirectionalConfig(width=16), space), "verses"),
     "classifier-cnn": (lambda space: Classifier(ClassifierConfig(width=8), space), "digits"),
     "classifier-mlp": (lambda space: Classifier(ClassifierConfig(body="mlp", width=8), space), "digits"),
     "ddpm": (lambda space: DDPM(DDPMConfig(widths=(8, 16), steps=4), space), "digits"),
@@ -171,9 +174,16 @@ def not_finite(self, x, seed=0):
     return RealNVP.log_prob(self, x) + math.nan
 
 
+def crowded(self, noise):
+    x = RealNVP.draw(self, noise)
+    x[-1] += 0.1 * (len(noise) > 3)  # one row of five
+    return x
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"draw": crowded}, r"other rows when another group is drawn with it: rows [4] of 5, by up to 0.1"),
         ({"__init__": unused}, "No gradient reaches the parameter 'spare'"),
         ({"transform": half_determinant}, "autograd's Jacobian"),
         ({"sample": global_sample}, "other rows for the same seed"),

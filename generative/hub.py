@@ -1,0 +1,158 @@
+"""A data set of the Hugging Face hub, by its name: pictures or texts, from its Parquet files.
+
+    oneira train cnn-things --set data.name=hub --set data.path=uoft-cs/cifar10
+    oneira train gpt-captions --set data.name=hub --set data.path=FOLDER          # of Parquet files that are already here
+
+Of several columns, pictures are what the hub calls an image (a struct with "bytes"), labels the whole numbers whose name has
+"label" in it, texts the column "text" or else the first of strings. Files belong to the split that their path names; without
+a test split, rows are divided at random as the user's own files are.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from oneira.platform.errors import DataError
+
+from .datasets import Arrays, DataConfig, Rows, learn_tokens, square, text_space, token_rows
+from .spaces import Space
+
+if TYPE_CHECKING:
+    import pyarrow
+
+CONVERTED = "refs/convert/parquet"  # the branch in which the hub keeps every data set as Parquet
+MOST_CLASSES = 100_000
+VALIDATION = 0.1  # the share of the training rows, where there is a test split and no other
+
+
+def hub(config: DataConfig) -> Arrays:
+    """The data set that `config.path` names, in memory.
+
+    Raises:
+        DataError: the hub cannot be reached and holds no copy here, there is no such data set, or it has no rows that a model takes.
+    """
+    files = _files(config.path)
+    train = [file for name, file in files if "test" not in name and "valid" not in name]
+    test = [file for name, file in files if "test" in name]
+    if not train:
+        raise DataError(f"'{config.path}' has no training rows: {', '.join(name for name, _ in files)}.")
+    pictures, labels, texts = _columns(train[0], config.path)
+    if pictures:
+        return _pictures(config, train, test, pictures, labels)
+    return _texts(config, train, test, texts)
+
+
+def _files(path: str) -> list[tuple[str, Path]]:
+    """The Parquet files of a folder or of the hub, by their names in lower case."""
+    folder = Path(path).expanduser()
+    if not path or not folder.is_dir():
+        folder = _fetched(path)
+    found = [(str(file.relative_to(folder)).lower(), file) for file in sorted(folder.rglob("*.parquet"))]
+    if not found:
+        raise DataError(f"'{path}' holds no Parquet files.")
+    return found
+
+
+def _fetched(name: str) -> Path:
+    """The folder of the hub's Parquet files, fetched now or earlier."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    if name.count("/") != 1:
+        raise DataError(f"'{name}' names no data set of the hub. Say which: --set data.path=OWNER/NAME")
+    folder = Path()
+    try:
+        for revision in ("main", CONVERTED):
+            folder = Path(
+                snapshot_download(
+                    name, repo_type="dataset", revision=revision, allow_patterns="*.parquet", etag_timeout=10
+                )
+            )
+            if any(folder.rglob("*.parquet")):
+                break
+    except (OSError, ValueError, HTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"The data set '{name}' cannot be fetched from the hub ({reason}). Where there is no network, fetch its Parquet "
+            "files elsewhere and give their folder: --set data.path=FOLDER"
+        ) from error
+    return folder
+
+
+def _columns(file: Path, path: str) -> tuple[str, str, str]:
+    """The names of the columns with pictures, labels and texts; "" where there is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"'{file}' cannot be read as Parquet: {error}") from error
+    pictures = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
+    labels = [f.name for f in schema if pa.types.is_integer(f.type) and "label" in f.name.lower()]
+    texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    texts.sort(key=lambda name: name != "text")
+    if not pictures and not texts:
+        said = ", ".join(f"{f.name} ({f.type})" for f in schema)
+        raise DataError(f"'{path}' has neither pictures nor texts. Its columns: {said}.")
+    return tuple(names[0] if names else "" for names in (pictures, labels, texts))  # type: ignore[return-value]
+
+
+def _rows(files: list[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as table:
+                batch: pyarrow.RecordBatch
+                for batch in table.iter_batches(1024, columns=columns):
+                    yield from batch.to_pylist()
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise DataError(f"'{file}' cannot be read as Parquet: {error}") from error
+
+
+def _pictures(config: DataConfig, train: list[Path], test: list[Path], column: str, label: str) -> Arrays:
+    def read(files: list[Path]) -> Rows:
+        found, labels = [], []
+        for row in _rows(files, [column, label] if label else [column]):
+            content = (row[column] or {}).get("bytes")
+            if not content:
+                raise DataError(f"Picture {len(found)} of '{config.path}' is not in its Parquet file.")
+            found.append(square(io.BytesIO(content), config.size, f"picture {len(found)} of {config.path}"))
+            labels.append(row[label] if label else 0)
+        if not found:
+            raise DataError(f"'{config.path}' has a split without rows.")
+        return {"x": np.stack(found)} | ({"y": np.array(labels, np.int64)} if label else {})
+
+    rows, held = read(train), read(test) if test else None
+    classes = 1 + max(int(part["y"].max()) for part in (rows, held or rows)) if label else 0
+    if label and not (min(int(part["y"].min()) for part in (rows, held or rows)) >= 0 and classes <= MOST_CLASSES):
+        raise DataError(f"'{config.path}' has labels that are no numbers from 0 to {MOST_CLASSES}.")
+    return _divided(Space(kind="pictures", shape=rows["x"].shape[1:], levels=256, classes=classes), rows, held)
+
+
+def _texts(config: DataConfig, train: list[Path], test: list[Path], column: str) -> Arrays:
+    texts, held = ([row[column] or "" for row in _rows(files, [column])] for files in (train, test))
+    if not any(texts):
+        raise DataError(f"'{config.path}' holds no text.")
+    tokenizer = learn_tokens(texts, config.vocabulary)
+    space = text_space(tokenizer, config.length)
+    rows, other = ({"x": token_rows(tokenizer, part, config.length)} for part in (texts, held))
+    return _divided(space, rows, other if held else None)
+
+
+def _divided(space: Space, rows: Rows, held: Rows | None) -> Arrays:
+    if held is None:
+        return Arrays.divide(space, rows)
+    order = np.random.default_rng(0).permutation(len(rows["x"]))
+    first = max(1, int(len(order) * VALIDATION))
+    if first >= len(order):
+        raise DataError(f"{len(order)} rows are too few to train on and to measure on.")
+    places = {"validation": order[:first], "train": order[first:]}
+    return Arrays(space, {"test": held} | {name: {k: v[at] for k, v in rows.items()} for name, at in places.items()})
