@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from oneira.platform.devices import device_here
+
 from .controller import ControllerConfig
 from .environments import make_world
 from .exploration import Exploration, NoisyChoices, NoisyController, RandomChoices, RandomControllers, Wandering
@@ -38,26 +40,28 @@ def collect_unit(shared: dict[str, Any] | None, unit: dict[str, Any]) -> list[di
         {"frames": [f], "actions": [], "rewards": [], "seed": s} for f, s in zip(frames, seeds, strict=True)
     ]
     rows = np.arange(len(seeds))
-    for _ in range(unit["max_steps"]):
-        actions = policy.act(senses.see(frames) if senses else None)
-        seen, rewards, terminated, truncated = batch.step(actions[rows], rows)
-        frames[rows] = seen
-        for i, n in enumerate(rows):
-            e = episodes[n]
-            e["frames"].append(seen[i])
-            e["actions"].append(actions[n])
-            e["rewards"].append(rewards[i])
-            e["terminated"], e["truncated"] = bool(terminated[i]), bool(truncated[i])
-        if senses:
-            all_rewards = np.zeros(len(seeds), np.float32)
-            all_rewards[rows] = rewards
-            senses.remember(actions, all_rewards)
-        over = terminated | truncated
-        if unit["stuck"]:
-            over |= batch.steps_since_tile[rows] >= unit["stuck"]
-        rows = rows[~over]
-        if not len(rows):
-            break
+    with device_here("cpu").lease(priority="train") as lease:
+        for _ in range(unit["max_steps"]):
+            lease.step()
+            actions = policy.act(senses.see(frames) if senses else None)
+            seen, rewards, terminated, truncated = batch.step(actions[rows], rows)
+            frames[rows] = seen
+            for i, n in enumerate(rows):
+                e = episodes[n]
+                e["frames"].append(seen[i])
+                e["actions"].append(actions[n])
+                e["rewards"].append(rewards[i])
+                e["terminated"], e["truncated"] = bool(terminated[i]), bool(truncated[i])
+            if senses:
+                all_rewards = np.zeros(len(seeds), np.float32)
+                all_rewards[rows] = rewards
+                senses.remember(actions, all_rewards)
+            over = terminated | truncated
+            if unit["stuck"]:
+                over |= batch.steps_since_tile[rows] >= unit["stuck"]
+            rows = rows[~over]
+            if not len(rows):
+                break
     return [
         {
             **e,

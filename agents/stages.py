@@ -16,6 +16,7 @@ import torch
 
 from oneira.generative.training import TrainSettings, fit
 from oneira.generative.vae import VAE, fast_encoder
+from oneira.platform.devices import device_here
 from oneira.platform.executor import Executor
 from oneira.platform.runs import Run
 
@@ -129,9 +130,13 @@ def see_all(run: Run, config: WorldModelConfig, round_index: int, vision: VAE, k
     store = round_store(run, config, round_index)
     store.drop_derived(key)  # what an earlier V saw, nobody asks for again
     encode = fast_encoder(vision)
-    for shard in store.latents(key).missing():
-        parts = [tuple(np.asarray(x, np.float32) for x in encode(frames)) for frames in store.chunks(shard)]
-        store.put_latents(shard, key, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+    with device_here("cpu").lease(priority="train") as lease:
+        for shard in store.latents(key).missing():
+            parts = []
+            for frames in store.chunks(shard):
+                lease.step()
+                parts.append(tuple(np.asarray(x, np.float32) for x in encode(frames)))
+            store.put_latents(shard, key, np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
 
 
 def fit_memory(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:

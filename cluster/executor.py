@@ -19,6 +19,8 @@ from oneira.platform.errors import ClusterError, OneiraError
 from oneira.platform.executor import Tree, UnitFailed, Work, check_function, copy_tree
 
 from .connection import connect
+from .scheduling.actor import find_desk
+from .scheduling.client import ClusterDevice
 from .workers import DONE, UNKNOWN_FUNCTION, Worker
 
 RERUNS = 3  # of a unit whose worker died
@@ -88,7 +90,7 @@ class _Lane:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(self.node, soft=True)
         elif ray.cluster_resources().get("GPU", 0) > 0:
             options["num_gpus"] = ACTOR_GPUS
-        self.actor = ray.remote(Worker).options(**options).remote(self.threads)
+        self.actor = ray.remote(Worker).options(**options).remote(self.threads, ClusterDevice)
 
     def stop(self) -> None:
         import ray
@@ -115,6 +117,7 @@ class _Pool:
 
 class RayExecutor:
     """An `Executor` whose units run in Ray actors: as many one-thread workers as the cluster has CPUs, and a trainer.
+    What units do on a device waits for leases of the cluster's scheduler.
 
     The actors start in the background: make the executor first, and import what is slow to import after.
     """
@@ -136,6 +139,7 @@ class RayExecutor:
         self._functions: dict[str, Work] = {}
         self._numbers = itertools.count()
         self._closed = False
+        find_desk()
         for lane in lanes:
             lane.start()
 

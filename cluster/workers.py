@@ -6,6 +6,7 @@ a test file) is asked for once: the executor then sends the function itself, by 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import io
 import os
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Any
 
-from oneira.platform.devices import num_cores
+from oneira.platform.devices import Device, LocalDevice, granted_by, num_cores
 from oneira.platform.executor import copy_tree
 
 SHARED_KEPT = 2  # shared values held at once; what a stage shares is read by many units in a row
@@ -28,9 +29,11 @@ DONE, FAILED, UNKNOWN_FUNCTION = "done", "failed", "unknown function"
 class Worker:
     """Runs one unit at a time, with a fixed number of torch threads."""
 
-    def __init__(self, threads: int) -> None:
-        """`threads`: torch threads; 0 means all cores that this process may use."""
-        self.threads = threads or num_cores()
+    def __init__(self, threads: int, device: Callable[..., Device] | None = None) -> None:
+        """`threads`: torch threads; 0 means all cores that this process may use.
+        device: made as device(name, cores=threads), who grants time to units; None: they take it.
+        """
+        self.threads, self._device = threads or num_cores(), device
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = str(self.threads)
         import torch
@@ -59,8 +62,9 @@ class Worker:
                 return UNKNOWN_FUNCTION, None, "", 0.0
             self._set_threads(threads or self.threads)
             arguments = self._fetch(shared), copy_tree(unit)
+            granter = functools.partial(self._device, cores=threads or self.threads) if self._device else LocalDevice
             began = time.perf_counter()
-            with redirect_stderr(said):
+            with redirect_stderr(said), granted_by(granter):
                 value = function(*arguments)
             return DONE, value, said.getvalue(), (time.perf_counter() - began) * (threads or self.threads)
         except BaseException as error:

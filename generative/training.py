@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from oneira.platform.checkpoints import Checkpoints
-from oneira.platform.devices import Device, LocalDevice, pick_precision
+from oneira.platform.devices import Device, device_here, pick_precision
 from oneira.platform.errors import CheckpointError, ConfigError, NumericalError
 
 
@@ -110,7 +110,7 @@ def fit(
     Args:
         model: see `Trainable` and `Adversarial`; its weights stay fp32, the forward pass runs in `settings.precision`.
         batch_at: step in [0, steps) -> batch: tensors, or dicts, lists and tuples of them. Must be a pure function.
-        device: where to train and who grants the time; None means this process's own.
+        device: where to train and who grants the time; None means `device_here()`.
         checkpoints, name: where the state is saved every `save_every` steps and at the end, and from where it goes on.
         log: called as log(step, loss=, lr=, grad_norm=, **model's) every `log_every` steps and at the end, from step 1.
         init: weights to begin with where there is no checkpoint.
@@ -121,7 +121,7 @@ def fit(
         NumericalError: a loss or gradient is not finite; model and checkpoint keep the last good step.
         CheckpointError: the checkpoint `name` is of another model or settings, or cannot be written.
     """
-    device = LocalDevice() if device is None else device
+    device = device_here() if device is None else device
     place = device.torch_device
     model.to(place).train()
     if settings.channels_last:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -153,3 +154,21 @@ class LocalDevice:
     ) -> Iterator[LocalLease]:
         check_priority(priority)
         yield LocalLease()
+
+
+_granter: ContextVar[Callable[[str], Device]] = ContextVar("granter", default=LocalDevice)
+
+
+def device_here(name: str = "auto") -> Device:
+    """The device called `name` for work in this process: its own, or one whose time the process's host grants."""
+    return _granter.get()(name)
+
+
+@contextmanager
+def granted_by(granter: Callable[[str], Device]) -> Iterator[None]:
+    """Within the block `granter` makes what `device_here` gives: for hosts of work, which say who grants its time."""
+    token = _granter.set(granter)
+    try:
+        yield
+    finally:
+        _granter.reset(token)

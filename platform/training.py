@@ -109,8 +109,9 @@ def train(run: Run, executor: str, address: str | None, *, progress: bool = True
             report(run)
             run.write_summary(summary)
             return summary
-        except (KeyboardInterrupt, SystemExit) as error:
-            raise Interrupted(f"Interrupted. Go on with: oneira resume {_short(run.path)}") from error
+        except (KeyboardInterrupt, SystemExit, Interrupted) as error:
+            why = str(error) if isinstance(error, Interrupted) else "Interrupted."
+            raise Interrupted(f"{why} Go on with: oneira resume {_short(run.path)}") from error
 
 
 def _short(path: Path) -> str:

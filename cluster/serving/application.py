@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from oneira.platform.errors import DataError
 
+from ..scheduling.client import ClusterDevice
 from .engine import Engine, Stopping, Work
 from .line import Line
 from .models import kind_of, load_models, needed_kinds
@@ -85,7 +86,7 @@ class Fused(_Ingress):
     async def __init__(self, serving: Serving) -> None:  # type: ignore[misc]  # Serve awaits it
         self.key = serving.key
         models = load_models(serving.models, serving.loader)
-        self.engine = Engine(models, rows=serving.rows)
+        self.engine = Engine(models, rows=serving.rows, device=ClusterDevice())
         names = {model: [stage.name for stage in stages] for model, stages in models.items()}
         self.service = Service(self.engine, names, Line(serving.rows, serving.queue))
         await self.service.begin()
@@ -100,7 +101,8 @@ class Host:
     """The stages of one kind, of all models."""
 
     def __init__(self, serving: Serving, kind: str) -> None:
-        self.engine = Engine(load_models(serving.models, serving.loader, [kind]), rows=serving.rows)
+        models = load_models(serving.models, serving.loader, [kind])
+        self.engine = Engine(models, rows=serving.rows, device=ClusterDevice())
 
     async def stages(self) -> dict[str, list[str]]:
         """Names of the stages that are here, by model."""

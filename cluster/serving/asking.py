@@ -7,6 +7,7 @@ one. Nothing is allocated for a request before it is checked.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -17,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from oneira.platform.errors import UsageError, did_you_mean
+from oneira.platform.errors import Interrupted, UsageError, did_you_mean
 
+from ..scheduling.client import Busy
 from .engine import Stopping
 from .line import Full
 from .pictures import NoPicture
@@ -61,7 +63,9 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, Full):
         return ApiError(429, str(error), code="queue_full", retry=error.retry_after)
-    if isinstance(error, Stopping):
+    if isinstance(error, Busy):
+        return ApiError(429, str(error), code="device_busy", retry=max(1, math.ceil(error.retry_after)))
+    if isinstance(error, (Stopping, Interrupted)):
         return ApiError(503, "The server is not ready, or stops just now.", code="not_ready", retry=RETRY_READY)
     if isinstance(error, UsageError):
         return ApiError(400, str(error))

@@ -6,18 +6,22 @@
 Whoever awaits `run` holds one plan of a stage. In every turn the thread makes one step of one stage, with all of its
 plans that are under way (at most `rows`, the oldest first); stages take turns, so that none waits for another's queue.
 Plans join and leave between any two turns: a caller who is cancelled has no plan any more when the next turn begins.
+
+From the first plan to the last the engine has a lease of its device: training on it pauses once for all the turns of
+the requests, not for each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneira.platform.devices import LocalDevice, num_cores
+from oneira.platform.devices import Device, Lease, LocalDevice, num_cores
 
 if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage, State
@@ -59,12 +63,16 @@ class _Job:
 class Engine:
     """Make it and use it inside one event loop."""
 
-    def __init__(self, models: Mapping[str, Sequence[Stage]], *, rows: int = 16, threads: int = 0) -> None:
-        """`rows`: plans in one step at most. `threads`: torch's, of the one thread that steps; 0 is all cores."""
+    def __init__(
+        self, models: Mapping[str, Sequence[Stage]], *, rows: int = 16, threads: int = 0, device: Device | None = None
+    ) -> None:
+        """`rows`: plans in one step at most. `threads`: torch's, of the one thread that steps; 0 is all cores.
+        device: who grants the time; None: the engine takes it.
+        """
         self.models = {name: {stage.name: stage for stage in stages} for name, stages in models.items()}
         self._rows = rows
         self._jobs: dict[Key, list[_Job]] = {(name, stage): [] for name, of in self.models.items() for stage in of}
-        self._device = LocalDevice()
+        self._device: Device = LocalDevice() if device is None else device
         self._threads = threads or num_cores()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stages", initializer=self._begin_thread)
         self._awake = asyncio.Event()
@@ -110,24 +118,48 @@ class Engine:
         self._thread.shutdown()
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while not self._closed:
-            busy = [key for key, jobs in self._jobs.items() if jobs]
-            if not busy:
+            if self.under_way:
+                try:
+                    await self._while_leased()
+                except Exception as error:  # the device was refused, or taken back
+                    self._fail(error)
+            else:
                 self._awake.clear()
                 await self._awake.wait()
-            for key in busy:
-                batch = self._jobs[key][: self._rows]
-                if batch and not self._closed:
-                    await loop.run_in_executor(self._thread, self._turn, key, batch)
-                    self._settle(key, batch)
-        for jobs in self._jobs.values():
-            for job in jobs:
-                if not job.answer.done():
-                    job.answer.set_exception(Stopping())
+        self._fail(Stopping())
 
-    def _turn(self, key: Key, batch: list[_Job]) -> None:
+    async def _while_leased(self) -> None:
+        """Turns until nothing is under way."""
+        block = ExitStack()
+        lease = await self._in_thread(lambda: block.enter_context(self._device.lease(priority="interactive")))
+        try:
+            while self.under_way:
+                for key in [key for key, jobs in self._jobs.items() if jobs]:
+                    batch = self._jobs[key][: self._rows]
+                    if self._closed:
+                        return
+                    if batch:
+                        await self._in_thread(self._turn, lease, key, batch)
+                        self._settle(key, batch)
+                await asyncio.sleep(0)  # those who were answered go on to their next stage
+        finally:
+            await self._in_thread(block.close)
+
+    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    def _fail(self, error: Exception) -> None:
+        """All who are under way get the error."""
+        for job in [job for jobs in self._jobs.values() for job in jobs]:
+            if not job.answer.done():
+                job.answer.set_exception(error)
+        for jobs in self._jobs.values():
+            jobs.clear()
+
+    def _turn(self, lease: Lease, key: Key, batch: list[_Job]) -> None:
         """In the thread: one step of a stage with these jobs, planned first where they are new."""
+        lease.step()
         stage = self.models[key[0]][key[1]]
         began = time.perf_counter()
         for job in batch:
@@ -139,9 +171,7 @@ class Engine:
         left = [job for job in batch if job.error is None and not job.plan.done]
         if left:
             try:
-                with self._device.lease(priority="interactive") as lease:
-                    lease.step()
-                    stage.step([job.plan for job in left])
+                stage.step([job.plan for job in left])
             except Exception as error:
                 for job in left:
                     job.error = error

@@ -1,6 +1,7 @@
 """Engine and line: batching that changes no picture, cancelling within a step, and a fair line."""
 
 import asyncio
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from oneira.cluster.serving.line import Full, Line
 from oneira.cluster.serving.models import load_models
 from oneira.cluster.serving.service import Service
 from oneira.multimodal.stages import PictureRequest, through
-from oneira.platform.errors import UsageError
+from oneira.platform.devices import LocalDevice
+from oneira.platform.errors import Interrupted, UsageError
 
 
-def make(loader, name="tiny", rows=16, **line):
+def make(loader, name="tiny", rows=16, device=None, **line):
     models = load_models([name], loader)
-    engine = Engine(models, rows=rows, threads=1)
+    engine = Engine(models, rows=rows, threads=1, device=device)
     names = {model: [stage.name for stage in stages] for model, stages in models.items()}
     return engine, Service(engine, names, Line(**line)), models[name]
 
@@ -103,6 +105,62 @@ def test_closing_answers_those_who_wait(tiny):
             await waits
         with pytest.raises(Stopping):
             await engine.run("patient", "text", PictureRequest(), {})
+
+    asyncio.run(main())
+
+
+class Counted(LocalDevice):
+    """Counts leases and steps; `cancelled` ends the lease at its next step."""
+
+    def __init__(self):
+        super().__init__("cpu")
+        self.leases, self.steps, self.held, self.cancelled = 0, 0, False, False
+
+    @contextmanager
+    def lease(self, **asked):
+        assert asked["priority"] == "interactive" and not self.held
+        self.leases, self.held = self.leases + 1, True
+        yield self
+        self.held = False
+
+    def step(self):
+        assert self.held
+        self.steps += 1
+        if self.cancelled:
+            raise Interrupted("The lease of the device was cancelled.")
+
+
+def test_one_lease_lasts_from_the_first_plan_to_the_last(tiny):
+    async def main():
+        device = Counted()
+        engine, service, stages = make(tiny, device=device)
+        await asyncio.gather(*(service.draw("tiny", [request]) for request in asks(4)))
+        turns = sum(len(stage.batches) for stage in stages[1:]) + 1
+        while device.held:
+            await asyncio.sleep(0.001)
+        assert device.leases == 1 and device.steps >= turns
+        await service.draw("tiny", asks(1))
+        assert device.leases == 2
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_lease_that_is_taken_back_ends_what_is_under_way_and_nothing_else(tiny):
+    async def main():
+        device = Counted()
+        engine, service, _ = make(tiny, "patient", device=device)
+        waits = [asyncio.ensure_future(service.draw("patient", asks(1))) for _ in range(2)]
+        while device.steps < 3:
+            await asyncio.sleep(0.01)
+        device.cancelled = True
+        for wait in waits:
+            with pytest.raises(Interrupted):
+                await wait
+        device.cancelled = device.held = False
+        [state] = await service.draw("patient", asks(1))
+        assert state["picture"].shape == (128, 128, 3) and engine.under_way == 0
+        await engine.close()
 
     asyncio.run(main())
 
