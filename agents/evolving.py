@@ -184,7 +184,11 @@ def _segment(
     for s in searches:
         ask(s)
     while pending:
-        handle = executor.wait(list(pending))
+        try:
+            handle = executor.wait(list(pending))
+        except KeyboardInterrupt:  # or SIGTERM: between two answers every population is whole
+            save(segment)
+            raise
         s, i = pending.pop(handle)
         s.answers[i] = handle.result()
         if len(s.answers) < s.num_units:

@@ -1,7 +1,9 @@
 """The executor over Ray: units of work on one-thread worker actors, and on one trainer actor with all cores.
 
 The driver keeps the queue. A worker that is free takes the next unit; while many wait, one more is sent ahead to each,
-so that no worker idles while the driver looks elsewhere. A unit whose worker dies runs again on a new worker.
+so that no worker idles while the driver looks elsewhere. A unit whose worker dies runs again on a new worker. A unit that takes
+much longer than others of its function, while a worker has nothing to do, is given to that one as well: the first answer
+counts, and the slow worker is replaced. Units are the same wherever they run, so no result depends on any of this.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import importlib
 import itertools
 import reprlib
+import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +21,7 @@ from typing import Any, Self
 
 from oneira.platform.errors import ClusterError, OneiraError
 from oneira.platform.executor import Tree, UnitFailed, Work, check_function, copy_tree
+from oneira.platform.logs import say
 
 from .connection import connect
 from .scheduling.actor import find_desk
@@ -24,6 +29,10 @@ from .scheduling.client import ClusterDevice
 from .workers import DONE, UNKNOWN_FUNCTION, Worker
 
 RERUNS = 3  # of a unit whose worker died
+LOOK_SECONDS = 1.0  # between looks for stragglers
+SLOW_SECONDS = 10.0  # a unit is no straggler before
+SLOW_FACTOR = 4.0  # ... nor before so many times the median of its function
+REMEMBERED = 32  # units of a function, for that median
 # An actor's claim on Ray's ledger. Tiny, so that executors never wait for each other: the system shares the cores.
 ACTOR_CPUS = 0.01
 ACTOR_GPUS = 0.01
@@ -47,6 +56,7 @@ class RayHandle:
     unit: Tree
     threads: int
     deaths: int = 0
+    copies: int = 0  # lanes that have it
     done: bool = False
     value: Tree = None
     error: Exception | None = None
@@ -80,6 +90,7 @@ class _Lane:
     node: str | None
     actor: Any = None
     sent: deque[tuple[Any, RayHandle]] = field(default_factory=deque)
+    began: float = 0.0  # when its first unit did; seconds, monotonic
 
     def start(self) -> None:
         import ray
@@ -98,6 +109,8 @@ class _Lane:
         if self.actor is not None:
             ray.kill(self.actor)
         self.actor = None
+        for _, handle in self.sent:
+            handle.copies -= 1
         self.sent.clear()
 
 
@@ -138,6 +151,7 @@ class RayExecutor:
         self._code: dict[str, list] = {}  # functions that workers cannot import by name: [reference to the function]
         self._functions: dict[str, Work] = {}
         self._numbers = itertools.count()
+        self._seconds: dict[str, deque[float]] = {}  # of units that are done, by function
         self._closed = False
         find_desk()
         for lane in lanes:
@@ -213,20 +227,38 @@ class RayExecutor:
                 if handle.done:
                     return handle
             sent = [reference for lane in self._lanes() for reference, _ in lane.sent]
-            ray.wait(sent, num_returns=1, fetch_local=False)
+            ray.wait(sent, num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)
             ready, _ = ray.wait(sent, num_returns=len(sent), timeout=0, fetch_local=False)
             self._collect(set(ready))
             self._send()
+            self._send_again()
 
     def _send(self) -> None:
         for pool in (self._workers, self._trainer):
             while (lane := pool.next_lane()) is not None:
-                handle = pool.waiting.popleft()
-                if lane.actor is None:
-                    lane.start()
-                code = self._code.get(handle.name, [])
-                reference = lane.actor.run.remote(handle.name, code, handle.shared, handle.unit, handle.threads)
-                lane.sent.append((reference, handle))
+                self._give(lane, pool.waiting.popleft())
+
+    def _give(self, lane: _Lane, handle: RayHandle) -> None:
+        if lane.actor is None:
+            lane.start()
+        if not lane.sent:
+            lane.began = time.monotonic()
+        code = self._code.get(handle.name, [])
+        reference = lane.actor.run.remote(handle.name, code, handle.shared, handle.unit, handle.threads)
+        lane.sent.append((reference, handle))
+        handle.copies += 1
+
+    def _send_again(self) -> None:
+        """Gives stragglers to workers that have nothing to do."""
+        idle = [] if self._workers.waiting else [lane for lane in self._workers.lanes if not lane.sent]
+        now = time.monotonic()
+        for lane in [lane for lane in self._workers.lanes if lane.sent] if idle else []:
+            handle, spent = lane.sent[0][1], now - lane.began
+            usual = statistics.median(self._seconds.get(handle.name) or [float("inf")])
+            if idle and handle.copies == 1 and spent > max(SLOW_SECONDS, SLOW_FACTOR * usual):
+                said = f"oneira: {handle} takes {spent:.0f} s and others {usual:.1f} s: sent to another worker as well."
+                say("straggler", said, unit=handle.number, function=handle.name, seconds=spent, usual=usual)
+                self._give(idle.pop(), handle)
 
     def _collect(self, ready: set) -> None:
         """Takes finished units off their lanes, and puts back what has to run again."""
@@ -236,14 +268,19 @@ class RayExecutor:
         for lane in self._lanes():
             while lane.sent and lane.sent[0][0] in ready:
                 reference, handle = lane.sent.popleft()
+                handle.copies -= 1
+                spent, lane.began = time.monotonic() - lane.began, time.monotonic()
                 try:
                     self._settle(handle, *ray.get(reference))
+                    if handle.done:
+                        self._seconds.setdefault(handle.name, deque(maxlen=REMEMBERED)).append(spent)
                 except RayTaskError as error:  # Ray could not carry the arguments or the result
                     handle._end(error=RuntimeError(f"{handle} failed: {error}"))
                 except RayActorError as error:
                     self._replace(lane, handle, error)
                 except RayError as error:  # the result was lost with its node
                     self._again(handle, error)
+                self._stop_copies(handle)
 
     def _settle(self, handle: RayHandle, outcome: str, value: Any, said: str, core_seconds: float) -> None:
         self.core_seconds += core_seconds
@@ -251,7 +288,8 @@ class RayExecutor:
             print(said, end="", file=sys.stderr, flush=True)
         if outcome == UNKNOWN_FUNCTION:
             self._code[handle.name] = [_ship(self._functions[handle.name])]
-            self._pool(handle).waiting.appendleft(handle)
+            if not handle.copies:
+                self._pool(handle).waiting.appendleft(handle)
         elif outcome == DONE:
             handle._end(value=copy_tree(value, path="result"))
         else:
@@ -259,13 +297,27 @@ class RayExecutor:
 
     def _replace(self, lane: _Lane, handle: RayHandle, error: Exception) -> None:
         """The lane's actor died while it ran `handle`; what was sent after it had not begun."""
+        self._restart(lane)
+        self._again(handle, error)
+
+    def _restart(self, lane: _Lane) -> None:
+        """Ends the lane's actor, and puts back what it was sent and nobody else has."""
         behind = [later for _, later in lane.sent]
         lane.stop()
-        self._pool(handle).waiting.extendleft(reversed(behind))
-        self._again(handle, error)
+        for later in reversed(behind):
+            if not later.copies:
+                self._pool(later).waiting.appendleft(later)
+
+    def _stop_copies(self, handle: RayHandle) -> None:
+        """Ends workers that are still at a unit which is done: they may hang for ever."""
+        for lane in self._workers.lanes if handle.done and handle.copies else []:
+            if lane.sent and lane.sent[0][1] is handle:
+                self._restart(lane)
 
     def _again(self, handle: RayHandle, error: Exception) -> None:
         handle.deaths += 1
+        if handle.copies:  # another worker has it
+            return
         if handle.deaths > RERUNS:
             why = f"{type(error).__name__}: {error}"
             handle._end(error=ClusterError(f"{handle} ended its worker {handle.deaths} times. The last time: {why}"))

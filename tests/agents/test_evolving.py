@@ -17,17 +17,34 @@ from oneira.platform.runs import Run
 
 
 class Stopping(SerialExecutor):
-    """Stops after so many answers, as Ctrl-C would."""
+    """Stops after so many answers, as Ctrl-C would, or without a word."""
 
-    def __init__(self, answers: int) -> None:
+    def __init__(self, answers: int, why: type[BaseException] = KeyboardInterrupt) -> None:
         super().__init__()
-        self.left = answers
+        self.left, self.why = answers, why
 
     def wait(self, handles):
         if not self.left:
-            raise KeyboardInterrupt
+            raise self.why
         self.left -= 1
         return super().wait(handles)
+
+
+class Unreliable(SerialExecutor):
+    """Answers come in an order by chance, some after their work was done twice: lost and made again, or sent to two."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.chance, self.orders, self.twice = np.random.default_rng(seed), [], 0
+
+    def wait(self, handles):
+        self.orders.append(int(self.chance.integers(len(handles))))
+        handle = handles[self.orders[-1]]
+        if self.chance.random() < 0.3:
+            self.twice += 1
+            self.submit(handle.function, handle.shared, handle.unit, threads=handle.threads).result()
+        handle.run()
+        return handle
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +81,33 @@ def whole(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize("answers", [1, 4, 10])
-def test_evolution_stopped_within_a_generation_goes_on_to_the_same_bytes(config, whole, tmp_path, monkeypatch, answers):
-    monkeypatch.setattr(evolving, "SAVE_SECONDS", 0.0)
+def test_evolution_stopped_within_a_generation_goes_on_to_the_same_bytes(config, whole, tmp_path, answers):
+    """Before it ends it saves, so that no generation whose answers were all in is bred again: one is three answers, two units and the mean."""
     stopped = Run.create(tmp_path / "stopped", "carracing-quick", config)
     with pytest.raises(KeyboardInterrupt):
         run_evolution(config, stopped, Stopping(answers))
-    assert stopped.checkpoints.exists("01-evolve") == (
-        answers > 3
-    )  # a generation is three answers: two units and the mean
-    again = run_evolution(config, stopped, SerialExecutor())
+    left = Stopping(10**6)
+    again = run_evolution(config, stopped, left)
+    assert 10**6 - left.left == 2 * 3 * 3 - answers // 3 * 3
     assert set(again) == {"real", "dream"} and all(same(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("answers", [4])
+def test_evolution_killed_within_a_generation_goes_on_to_the_same_bytes(config, whole, tmp_path, monkeypatch, answers):
+    monkeypatch.setattr(evolving, "SAVE_SECONDS", 0.0)
+    killed = Run.create(tmp_path / "killed", "carracing-quick", config)
+    with pytest.raises(SystemError):
+        run_evolution(config, killed, Stopping(answers, SystemError))
+    assert killed.checkpoints.exists("01-evolve")
+    again = run_evolution(config, killed, SerialExecutor())
+    assert set(again) == {"real", "dream"} and all(same(again[name], whole[name]) for name in whole)
+
+
+def test_lost_doubled_and_reordered_answers_change_no_byte(config, whole, tmp_path):
+    executor = Unreliable(seed=0)
+    again = run_evolution(config, Run.create(tmp_path / "run", "carracing-quick", config), executor)
+    assert any(executor.orders) and executor.twice > 2
+    assert all(same(again[name], whole[name]) for name in whole)
 
 
 def test_means_visit_each_other_at_the_end_of_a_segment(config):

@@ -1,14 +1,18 @@
 """RayExecutor keeps the executor's laws, and keeps them when workers die. One real Ray for all."""
 
+import contextlib
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
+from oneira.cluster import executor as executor_module
 from oneira.platform.errors import ClusterError, DataError
 from oneira.platform.executor import SerialExecutor
 
@@ -124,14 +128,63 @@ def test_a_unit_that_always_kills_its_worker_is_named(executor):
 
 
 def test_close_ends_the_workers_and_what_waits(ray_cluster):
-    import psutil
-
-    from oneira.cluster.executor import RayExecutor
-
-    with RayExecutor() as mine:
+    with executor_module.RayExecutor() as mine:
         pid = mine.submit(look, mine.share({"big": np.ones(9), "small": np.ones(1)}), 0).result()["pid"]
         left = mine.submit(sleep, None, 100.0)
     with pytest.raises(ClusterError, match="closed before unit"):
         left.result()
     psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
     assert not psutil.pid_exists(pid)
+
+
+def started(shared, unit):
+    """How often a unit has begun, this time counted, in any process. Its processes are told in files."""
+    for number in range(9):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(f"{shared['folder']}/{unit}-{number}", os.O_CREAT | os.O_EXCL))
+            Path(f"{shared['folder']}/{unit}-{number}").write_text(str(os.getpid()))
+            return number + 1
+    raise AssertionError("begun ten times")
+
+
+def freeze_once(shared, unit):
+    """The first process that has unit 3 stops, as if frozen; whoever gets it after that does it."""
+    if started(shared, unit) == 1 and unit == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(0.01)
+    return unit
+
+
+def answer_late_the_second_time(shared, unit):
+    """Unit 3 takes four seconds, and for whoever begins it later, for ever."""
+    begun = started(shared, unit)
+    time.sleep(0.01 if unit != 3 else 4 if begun == 1 else 600)
+    return unit
+
+
+def answer_and_die(shared, unit):
+    """The answer to unit 3 is made and lost: its process dies before anybody could have read it."""
+    if started(shared, unit) == 1 and unit == 3:
+        threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        time.sleep(0.2)
+    return unit
+
+
+@pytest.mark.parametrize("work", [freeze_once, answer_late_the_second_time])
+def test_a_straggler_is_sent_again_and_the_first_answer_counts(executor, tmp_path, monkeypatch, capfd, work):
+    if executor.num_workers < 2:
+        pytest.skip("one worker has nobody to help it")
+    list(executor.map(sleep, None, [0.1] * 4))  # no worker is just beginning
+    monkeypatch.setattr(executor_module, "SLOW_SECONDS", 1.0)
+    assert list(executor.map(work, executor.share({"folder": str(tmp_path)}), range(12))) == list(range(12))
+    assert len(re.findall(r"\(3\) takes .* sent to another worker as well", capfd.readouterr().err)) == 1
+    assert sorted(file.name for file in tmp_path.glob("3-*")) == ["3-0", "3-1"]
+    late = int((tmp_path / ("3-0" if work is freeze_once else "3-1")).read_text())
+    psutil.wait_procs([psutil.Process(late)] if psutil.pid_exists(late) else [], timeout=20)
+    assert not psutil.pid_exists(late)  # whoever was not first has been replaced
+    assert list(executor.map(double, None, range(20))) == [2 * unit for unit in range(20)]
+
+
+def test_a_lost_answer_is_made_again(executor, tmp_path):
+    assert list(executor.map(answer_and_die, executor.share({"folder": str(tmp_path)}), range(8))) == list(range(8))
+    assert (tmp_path / "3-1").exists()
