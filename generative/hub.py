@@ -19,7 +19,7 @@ import numpy as np
 
 from oneira.platform.errors import DataError
 
-from .datasets import Arrays, DataConfig, Rows, learn_tokens, square, text_space, token_rows
+from .datasets import Arrays, DataConfig, Rows, Split, learn_tokens, square, text_space, token_rows
 from .spaces import Space
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def _rows(files: list[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
 
 def _pictures(config: DataConfig, train: list[Path], test: list[Path], column: str, label: str) -> Arrays:
     def read(files: list[Path]) -> Rows:
-        found, labels = [], []
+        found: list[np.ndarray] = []
+        labels: list[int] = []
         for row in _rows(files, [column, label] if label else [column]):
             content = (row[column] or {}).get("bytes")
             if not content:
@@ -154,5 +155,6 @@ def _divided(space: Space, rows: Rows, held: Rows | None) -> Arrays:
     first = max(1, int(len(order) * VALIDATION))
     if first >= len(order):
         raise DataError(f"{len(order)} rows are too few to train on and to measure on.")
-    places = {"validation": order[:first], "train": order[first:]}
-    return Arrays(space, {"test": held} | {name: {k: v[at] for k, v in rows.items()} for name, at in places.items()})
+    places: dict[Split, np.ndarray] = {"validation": order[:first], "train": order[first:]}
+    splits: dict[Split, Rows] = {name: {k: v[at] for k, v in rows.items()} for name, at in places.items()}
+    return Arrays(space, {"test": held, **splits})
