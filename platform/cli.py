@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from . import presets
-from .errors import EnvironmentMissing, OneiraError
+from .errors import EnvironmentMissing, Interrupted, OneiraError
 
 app = typer.Typer(
     name="oneira",
@@ -79,7 +79,14 @@ def _train(run: Any, is_new: bool, executor: str, address: str | None, emit: Any
     print(f"{'Training' if is_new else 'Going on with'} {run.preset} in {run.path}", file=sys.stderr, flush=True)
     machine = run.provenance()["machine"]
     print(f"on {machine['device']} in {machine['precision']}, {machine['cores']} cores", file=sys.stderr, flush=True)
-    summary = train_run(run, executor, address)
+    try:
+        summary = train_run(run, executor, address)
+    except Interrupted:
+        raise
+    except OneiraError:
+        if is_new:
+            run.drop_if_empty()
+        raise
     for key, value in summary.items():
         if not isinstance(value, dict):
             print(f"{key}: {show(value)}")

@@ -228,6 +228,11 @@ class Run:
         finally:
             os.close(descriptor)
 
+    def drop_if_empty(self) -> None:
+        """Removes the folder of a run that has begun and made nothing: no metrics, data or checkpoints."""
+        if {place.name for place in self.path.iterdir()} <= {"config.json", "provenance.json", ".lock"}:
+            shutil.rmtree(self.path)
+
     def state(self) -> str:
         """running, done or stopped."""
         descriptor = _lock(self.path / ".lock", tries=1)

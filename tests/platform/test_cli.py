@@ -87,6 +87,8 @@ def test_an_error_is_one_line_and_its_exit_code(
     last = err.rstrip("\n").split("\n")[-1]
     assert out == "" and "Traceback" not in err
     assert last.startswith("oneira: ") and all(word in last for word in words), err
+    # What made nothing leaves no run behind; after an error that nobody foresaw it may be looked at.
+    assert any((tmp_path / "runs").glob("*")) == (code == 1)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
