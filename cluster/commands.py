@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,8 +114,7 @@ def serve(
             bearer = ' -H "Authorization: Bearer $ONEIRA_API_KEY"' if key else ""
             typer.echo(f"Serving on {server.url} (Ctrl-C stops)")
             typer.echo(f"curl {server.url}/v1/{path}{bearer} -H 'Content-Type: application/json' -d '{body}'")
-            while True:
-                time.sleep(3600)
+            server.watch()
     except KeyboardInterrupt:
         typer.echo("Stopped.")
     finally:

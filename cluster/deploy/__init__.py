@@ -1,6 +1,6 @@
-"""Oneira on clusters and servers: files for KubeRay, `ray up`, Docker and systemd, all from one `Deployment`.
+"""Oneira on clusters and servers: files for KubeRay, `ray up`, Docker, systemd and Grafana, all from one `Deployment`.
 
-files        the settings, and the files as texts      commands     `oneira deploy`
+files        the settings, and the files as texts      dashboard    Grafana's      commands     `oneira deploy`
 
 The files beside this one are what the default settings give.
 """

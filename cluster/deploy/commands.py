@@ -20,7 +20,7 @@ def deploy(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write files for KubeRay, `ray up`, Docker and systemd."""
+    """Write files for KubeRay, `ray up`, Docker, systemd and Grafana."""
     from oneira.platform.config import override
     from oneira.platform.training import read_settings
 

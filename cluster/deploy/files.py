@@ -5,6 +5,7 @@ rayservice.yaml    KubeRay: the HTTP interface, its stages in deployments that s
 ray-up.yaml        `ray up`: a cluster of machines reached by ssh
 Dockerfile         the image that all three use
 oneira.service     systemd: the HTTP interface on one machine, without containers
+grafana.json       a dashboard over the servers' /metrics (see `dashboard`)
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from oneira.platform.errors import ConfigError
+
+from .dashboard import dashboard
 
 RUNS = "/runs"  # in every container: the folder that all nodes share
 KEY_SECRET, KEY_NAME = "oneira-api-key", "key"
@@ -80,7 +83,8 @@ def deployment_files(deployment: Deployment) -> dict[str, str]:
         "ray-up.yaml": _ray_up(deployment),
     }
     texts = {"Dockerfile": DOCKERFILE, "oneira.service": _unit(deployment)}
-    return {name: head + text for name, text in {**{n: _yaml(d) for n, d in documents.items()}, **texts}.items()}
+    texts = {**{name: _yaml(document) for name, document in documents.items()}, **texts}
+    return {**{name: head + text for name, text in texts.items()}, "grafana.json": dashboard()}
 
 
 def _yaml(document: Any) -> str:

@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from oneira.platform.errors import DataError
+from oneira.platform.errors import ClusterError, DataError
 
 from ..scheduling.client import ClusterDevice
 from .engine import Engine, Stopping, Work
@@ -28,6 +28,8 @@ Layout = Literal["fused", "split"]
 ACTOR_CPUS = 0.1
 ACTOR_GPUS = 0.01  # where there are any: without a share, Ray hides them
 STOP_SECONDS = 5.0  # for requests under way, when the server stops
+HEALTH_SECONDS = 2.0  # between two looks at a replica
+FROZEN_SECONDS = 10.0  # for its answer; Serve replaces it after three looks in a row without one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Appli
     actor = {"num_cpus": ACTOR_CPUS, **({"num_gpus": ACTOR_GPUS} if gpus else {})}
     common: dict[str, Any] = {
         "graceful_shutdown_timeout_s": STOP_SECONDS, "graceful_shutdown_wait_loop_s": 0.1,
+        "health_check_period_s": HEALTH_SECONDS, "health_check_timeout_s": FROZEN_SECONDS,
         "max_constructor_retry_count": 1, "logging_config": {"enable_access_log": False},
     }  # fmt: skip
     front = {**common, "max_ongoing_requests": 10_000}
@@ -91,6 +94,10 @@ class Fused(_Ingress):
         self.service = Service(self.engine, names, Line(serving.rows, serving.queue))
         await self.service.begin()
 
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        must_live(self.engine)
+
     async def __del__(self) -> None:
         if hasattr(self, "service"):
             self.service.stop()
@@ -108,6 +115,10 @@ class Host:
         """Names of the stages that are here, by model."""
         return {model: list(stages) for model, stages in self.engine.models.items()}
 
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        must_live(self.engine)
+
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         """As `Engine.run`."""
         return await self.engine.run(model, stage, request, state)
@@ -115,6 +126,12 @@ class Host:
     async def __del__(self) -> None:
         if hasattr(self, "engine"):
             await self.engine.close()
+
+
+def must_live(engine: Engine) -> None:
+    """Raises ClusterError where the engine is dead."""
+    if engine.dead:
+        raise ClusterError(f"The engine is dead: {engine.dead}.")
 
 
 class Split(_Ingress):
@@ -138,7 +155,9 @@ class Split(_Ingress):
 
 
 class Remote:
-    """The way through stages in other deployments."""
+    """The way through stages in other deployments. Serve replaces those of their replicas that die."""
+
+    dead = ""
 
     def __init__(self, hosts: Mapping[str, Any]) -> None:
         self._hosts = hosts

@@ -9,6 +9,9 @@ Plans join and leave between any two turns: a caller who is cancelled has no pla
 
 From the first plan to the last the engine has a lease of its device: training on it pauses once for all the turns of
 the requests, not for each.
+
+An engine that cannot go on is `dead`, and says why: its loop ended, its device failed for good, or a step does not come
+to an end. It takes no more work; whoever hosts it ends the process.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneira.platform.devices import Device, Lease, LocalDevice, num_cores
+from oneira.platform.logs import say
 
 if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage, State
 
 Key = tuple[str, str]  # (model, stage)
+STUCK_SECONDS = 600.0  # of one step, after which it is held to hang
 
 
 class Stopping(Exception):
@@ -78,6 +83,8 @@ class Engine:
         self._awake = asyncio.Event()
         self._loop: asyncio.Task | None = None
         self._closed = False
+        self._died = ""
+        self._step_began = 0.0  # of the step that is being made, monotonic; 0 between steps
 
     def _begin_thread(self) -> None:
         import torch
@@ -88,9 +95,9 @@ class Engine:
         """Takes one request, for a picture or for samples, through one stage.
 
         Raises:
-            Stopping: the engine is closed. Whatever the stage raises for this request.
+            Stopping: the engine is closed, or dead. Whatever the stage raises for this request.
         """
-        if self._closed:
+        if self._closed or self.dead:
             raise Stopping
         jobs = self._jobs[model, stage]
         job = _Job(request, state, asyncio.get_running_loop().create_future())
@@ -105,36 +112,56 @@ class Engine:
                 jobs.remove(job)
 
     @property
+    def dead(self) -> str:
+        """Why it makes no pictures any more; empty while it does, and where it was closed."""
+        if self._closed or self._died:
+            return self._died
+        stuck = self._step_began and time.monotonic() - self._step_began > STUCK_SECONDS
+        return f"a step has not ended in {STUCK_SECONDS:.0f} s" if stuck else ""
+
+    @property
     def under_way(self) -> int:
         """Pictures that are in some stage now."""
         return sum(map(len, self._jobs.values()))
 
     async def close(self) -> None:
         """Ends after the step that is being made; who waits gets `Stopping`."""
-        self._closed = True
+        dead, self._closed = self.dead, True
+        if dead:
+            self._fail(Stopping())
+            self._thread.shutdown(wait=False)
+            return
         self._awake.set()
         if self._loop is not None:
             await self._loop
         self._thread.shutdown()
 
     async def _work(self) -> None:
-        while not self._closed:
-            if self.under_way:
-                try:
-                    await self._while_leased()
-                except Exception as error:  # the device was refused, or taken back
-                    self._fail(error)
-            else:
-                self._awake.clear()
-                await self._awake.wait()
-        self._fail(Stopping())
+        try:
+            while not self._closed and not self._died:
+                if self.under_way:
+                    try:
+                        await self._while_leased()
+                    except Exception as error:  # the device was refused, or taken back
+                        self._fail(error)
+                else:
+                    self._awake.clear()
+                    await self._awake.wait()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # no mistake of a request or a device: the loop does not go on
+            self._died = f"{type(error).__name__}: {error}"
+        finally:
+            if self._died:
+                say("engine-died", f"oneira: the engine makes no more pictures: {self._died}")
+            self._fail(Stopping())
 
     async def _while_leased(self) -> None:
         """Turns until nothing is under way."""
         block = ExitStack()
         lease = await self._in_thread(lambda: block.enter_context(self._device.lease(priority="interactive")))
         try:
-            while self.under_way:
+            while self.under_way and not self._died:
                 for key in [key for key, jobs in self._jobs.items() if jobs]:
                     batch = self._jobs[key][: self._rows]
                     if self._closed:
@@ -160,6 +187,15 @@ class Engine:
     def _turn(self, lease: Lease, key: Key, batch: list[_Job]) -> None:
         """In the thread: one step of a stage with these jobs, planned first where they are new."""
         lease.step()
+        self._step_began = time.monotonic()
+        try:
+            self._step(key, batch)
+        finally:
+            self._step_began = 0.0
+
+    def _step(self, key: Key, batch: list[_Job]) -> None:
+        import torch
+
         stage = self.models[key[0]][key[1]]
         began = time.perf_counter()
         for job in batch:
@@ -175,6 +211,8 @@ class Engine:
             except Exception as error:
                 for job in left:
                     job.error = error
+                if isinstance(error, torch.AcceleratorError):  # every later call to the device fails as well
+                    self._died = f"{type(error).__name__}: {error}"
         spent = time.perf_counter() - began
         for job in batch:
             job.seconds += spent / len(batch)

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from oneira.platform import errors
 from oneira.platform.errors import ClusterError, UsageError, did_you_mean
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 APPLICATION = "oneira"
 LAYOUTS = ("fused", "split")
+SECONDS_BETWEEN_LOOKS = 2.0  # at the health of a server that runs
+UNHEALTHY_SECONDS = 120.0  # after which it is given up: Ray Serve has long replaced what can be replaced
 READY_SECONDS = 60.0  # for the proxy to learn of an application that runs
 
 
@@ -33,6 +35,16 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url
+
+    def watch(self, seconds: float = UNHEALTHY_SECONDS) -> NoReturn:
+        """Looks after the server for ever. Raises ClusterError when it has not been healthy for so many seconds in a row."""
+        well = time.monotonic()
+        while True:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            if is_healthy(self.url):
+                well = time.monotonic()
+            elif time.monotonic() - well > seconds:
+                raise ClusterError(f"The server at {self.url} has not been healthy for {seconds:.0f} s: given up.")
 
     def close(self) -> None:
         """Stop what was started: requests under way have a few seconds."""
@@ -110,20 +122,25 @@ def _free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def _wait_until_ready(url: str) -> None:
+def is_healthy(url: str) -> bool:
+    """Whether the server there says that it makes pictures."""
     import http.client
 
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _wait_until_ready(url: str) -> None:
     end = time.monotonic() + READY_SECONDS
     while time.monotonic() < end:
-        connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
-        try:
-            connection.request("GET", "/healthz")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            pass
-        finally:
-            connection.close()
+        if is_healthy(url):
+            return
         time.sleep(0.05)
     raise ClusterError(f"The server does not answer at {url} after {READY_SECONDS:.0f} s.")
 

@@ -26,7 +26,10 @@ FIRST_PROMPT = "a red circle"
 
 
 class Way(Protocol):
-    """Where the stages are. `Engine` is one."""
+    """Where the stages are. `Engine` is one. `dead`: why they make nothing any more, or empty."""
+
+    @property
+    def dead(self) -> str: ...
 
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work: ...
 
@@ -64,7 +67,7 @@ class Service:
     Attributes:
         models: names of the stages by name of the model. sizes: of the pictures that each model can give, rising,
             embedding: its number of dimensions, and finds: what its states hold; samples: what a model of samples gives,
-            "points", "pictures" or "text"; all known after `begin`. ready: pictures are made.
+            "points", "pictures" or "text"; all known after `begin`.
     """
 
     def __init__(self, way: Way, models: Mapping[str, Sequence[str]], line: Line | None = None) -> None:
@@ -73,7 +76,7 @@ class Service:
         self.embedding: dict[str, int] = {}
         self.samples: dict[str, str] = {}
         self.finds: dict[str, set[str]] = {}
-        self.ready = False
+        self._begun = False
         self.line = line or Line()
         self.measures = Measures(self.line)
         self._way = way
@@ -99,11 +102,16 @@ class Service:
                 raise DataError(f"Model '{model}' makes no picture. Its stages: {', '.join(self.models[model])}.")
             self.sizes[model], self.embedding[model] = sorted(set(sizes)), len(state["text_embedding"])
             self.finds[model] = set(state)
-        self.ready = True
+        self._begun = True
+
+    @property
+    def ready(self) -> bool:
+        """Whether pictures are made: it has begun, was not stopped, and the stages are alive."""
+        return self._begun and not self._way.dead
 
     def stop(self) -> None:
         """From now on requests get `Stopping`."""
-        self.ready = False
+        self._begun = False
 
     async def draw(
         self, model: str, requests: Sequence[PictureRequest], *, size: int | None = None,

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import secrets
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from typing import Any
@@ -19,13 +21,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import generate_latest
 from pydantic import TypeAdapter, ValidationError
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oneira.generative.interpolation import slerp
 from oneira.multimodal.stages import PictureRequest, State
 from oneira.platform.errors import UsageError, did_you_mean
+from oneira.platform.logs import in_json, say
 
 from .asking import CLIENT_GONE, ApiError, ClientGone, as_api_error, gone, read_file, read_form, read_json, while_there
 from .engine import Stopping
@@ -39,6 +42,7 @@ from .service import Service
 MAX_BODY = 1 << 20  # bytes, where no pictures are in it
 MAX_BODY_OF = {"edits": 18 << 20, "variations": 10 << 20, "interpolations": 25 << 20}  # by the last part of the path
 OPEN_PATHS = ("/healthz", "/v1/images/files/")  # without a key: a picture's address is a secret itself
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
@@ -365,7 +369,11 @@ def _seed(asked: Any) -> int:
 
 
 class _Door:
-    """Around all routes: asks for the key, counts bytes that come in, and measures."""
+    """Around all routes: asks for the key, counts bytes that come in, names each request, measures and logs it.
+
+    A request's id is the one that the client gave in X-Request-ID, else one of our own (Ray Serve's proxy gives it, where there
+    is one, and also tells the client).
+    """
 
     def __init__(self, app: ASGIApp, service: Service, key: str | None) -> None:
         self.app, self.service, self.key = app, service, key
@@ -375,11 +383,15 @@ class _Door:
             await self.app(scope, receive, send)
             return
         headers, began, status = Headers(scope=scope), time.perf_counter(), CLIENT_GONE
+        given = REQUEST_ID.fullmatch(headers.get("x-request-id", ""))
+        name = given[0] if given else uuid.uuid4().hex
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if "x-request-id" not in headers:
+                    MutableHeaders(scope=message)["x-request-id"] = name
             await send(message)
 
         try:
@@ -391,7 +403,11 @@ class _Door:
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.measures.requests.labels(route, str(status)).inc()
-            self.service.measures.latency.labels(route).observe(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self.service.measures.latency.labels(route).observe(seconds)
+            if in_json():
+                about = {"request": name, "method": scope["method"], "route": route, "status": status}
+                say("request", f"{scope['method']} {route} {status}", **about, seconds=round(seconds, 4))
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
         if self.key is not None and not path.startswith(OPEN_PATHS):

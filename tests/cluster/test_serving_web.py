@@ -2,9 +2,12 @@
 
 import asyncio
 import base64
+import http.server
 import io
 import json
+import re
 import struct
+import threading
 import zlib
 
 import httpx2
@@ -12,11 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oneira.cluster.deploy.dashboard import dashboard
+from oneira.cluster.serving import engine as engine_module
+from oneira.cluster.serving import running
+from oneira.cluster.serving.application import must_live
 from oneira.cluster.serving.engine import Engine
 from oneira.cluster.serving.line import Line
 from oneira.cluster.serving.models import load_models
 from oneira.cluster.serving.pictures import Shelf
 from oneira.cluster.serving.service import Service
+from oneira.platform.errors import ClusterError
 
 GENERATE, EDIT, VARY = "/v1/images/generations", "/v1/images/edits", "/v1/images/variations"
 BLEND, EMBED = "/v1/images/interpolations", "/v1/embeddings"
@@ -322,3 +330,103 @@ def test_a_full_line_answers_429_and_a_stopped_server_503(tiny):
             assert answer.status_code == 503 and "retry-after" in answer.headers
     finally:
         site.close()
+
+
+def ends_the_thread(plans):
+    raise SystemExit("the thread is told to end")
+
+
+def breaks_the_device(plans):
+    import torch
+
+    raise torch.AcceleratorError("an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("step", [ends_the_thread, breaks_the_device])
+def test_a_dead_engine_is_told_and_nobody_waits_for_it(tiny, step):
+    site = Site(tiny)
+    try:
+        assert site.ask("GET", "/healthz").status_code == 200
+        must_live(site.engine)
+        site.stages[2].step = step
+        assert site.post(GENERATE, json=GOOD).status_code >= 500
+        for answer in (site.ask("GET", "/healthz"), site.post(GENERATE, json=GOOD)):
+            assert answer.status_code == 503 and "retry-after" in answer.headers
+        with pytest.raises(ClusterError, match=r"dead: (SystemExit|AcceleratorError)"):
+            must_live(site.engine)
+    finally:
+        site.close()
+
+
+def test_an_engine_whose_step_does_not_end_is_dead(tiny, monkeypatch):
+    monkeypatch.setattr(engine_module, "STUCK_SECONDS", 0.2)
+    site, end = Site(tiny), threading.Event()
+    try:
+        site.stages[2].step = lambda plans: end.wait(60)
+        with pytest.raises(TimeoutError):
+            site.loop.run_until_complete(asyncio.wait_for(site.client.post(GENERATE, json=GOOD), 0.5))
+        assert site.ask("GET", "/healthz").status_code == 503 and "not ended" in site.engine.dead
+        site.loop.run_until_complete(asyncio.wait_for(site.engine.close(), 5))  # does not wait for it
+    finally:
+        end.set()
+        site.close()
+
+
+def test_requests_have_ids_in_answers_and_logs(site, monkeypatch, capsys):
+    monkeypatch.setenv("ONEIRA_LOG", "json")
+    own = site.ask("GET", "/v1/models").headers["x-request-id"]
+    site.ask("GET", "/v1/models", headers={"x-request-id": "abc-1"})
+    site.ask("GET", "/nothing", headers={"x-request-id": 'forged"\u00e9'.encode("latin-1")})
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["request"] for line in lines[:2]] == [own, "abc-1"] and own != lines[2]["request"]
+    assert "forged" not in lines[2]["request"]
+    assert [(line["event"], line["route"], line["status"]) for line in lines] == [
+        ("request", "/v1/models", 200),
+        ("request", "/v1/models", 200),
+        ("request", "other", 404),
+    ]
+
+
+def test_a_server_that_stays_ill_is_given_up(monkeypatch):
+    """A real one that is well for a while, stumbles once, and then says 503 for ever."""
+    answers = iter([200, 503, 200, *[503] * 100_000])
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(next(answers))
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(running, "SECONDS_BETWEEN_LOOKS", 0.01)
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ClusterError, match="not been healthy"):
+            running.Server(f"http://127.0.0.1:{server.server_port}").watch(seconds=0.3)
+        server.shutdown()
+    assert next(answers) == 503
+    assert not running.is_healthy(f"http://127.0.0.1:{server.server_port}")
+
+
+def test_the_dashboard_shows_all_that_is_exported_and_nothing_else(site):
+    board = json.loads(dashboard())
+    used = {
+        name for panel in board["panels"] for at in panel["targets"] for name in re.findall(r"oneira_\w+", at["expr"])
+    }
+    labels = {
+        name
+        for panel in board["panels"]
+        for at in panel["targets"]
+        for found in re.findall(r"by \(([^)]*)\)|\{(\w+)=", at["expr"])
+        for name in re.findall(r"\w+", " ".join(found))
+    }
+    site.post(GENERATE, json=GOOD)
+    text = site.ask("GET", "/metrics").text
+    exported = {name for name in re.findall(r"^(oneira_\w+?)[{ ]", text, re.M) if not name.endswith("_created")}
+    assert used <= exported, used - exported
+    families = [{re.sub(r"_(bucket|sum|count|total)$", "", name) for name in names} for names in (used, exported)]
+    assert families[0] == families[1]
+    assert labels <= set(re.findall(r'[{,](\w+)="', text))
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]}
+    assert len(places) == len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -1,0 +1,57 @@
+"""The Grafana dashboard over what /metrics tells of a server. Import it as it is; it asks for the Prometheus to read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+WIDTH, HEIGHT, COLUMNS = 12, 8, 2
+
+# title, unit, {legend: query}
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Requests by status", "reqps", {"{{status}}": "sum by (status) (rate(oneira_requests_total[5m]))"}),
+    (
+        "Share that failed in the server", "percentunit",
+        {"5xx": 'sum(rate(oneira_requests_total{status=~"5.."}[5m])) / sum(rate(oneira_requests_total[5m]))'},
+    ),
+    (
+        "Seconds for a request", "s",
+        {
+            f"{{{{route}}}} {name}": f"histogram_quantile({q}, sum by (le, route) (rate(oneira_request_seconds_bucket[5m])))"
+            for name, q in (("median", 0.5), ("p99", 0.99))
+        },
+    ),
+    ("Pictures that wait, and under way", "short", {"waiting": "sum(oneira_queue)", "under way": "sum(oneira_under_way)"}),
+    ("Steps a second", "ops", {"{{model}} {{stage}}": "sum by (model, stage) (rate(oneira_steps_total[5m]))"}),
+    ("Share of the time that a stage works", "percentunit", {"{{stage}}": "sum by (stage) (rate(oneira_stage_seconds_total[5m]))"}),
+    (
+        "Pictures that share a step", "short",
+        {"{{stage}} mean": "sum by (stage) (rate(oneira_batch_rows_sum[5m])) / sum by (stage) (rate(oneira_batch_rows_count[5m]))"},
+    ),
+)  # fmt: skip
+
+
+def dashboard() -> str:
+    """The dashboard in Grafana's JSON."""
+    variable = {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
+    document = {
+        "title": "Oneira: serving", "uid": "oneira-serving", "tags": ["oneira"], "schemaVersion": 39, "version": 1,
+        "editable": True, "refresh": "30s", "time": {"from": "now-1h", "to": "now"},
+        "templating": {"list": [variable]},
+        "panels": [_panel(number, *panel) for number, panel in enumerate(PANELS)],
+    }  # fmt: skip
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _panel(number: int, title: str, unit: str, queries: dict[str, str]) -> dict[str, Any]:
+    place = {"x": number % COLUMNS * WIDTH, "y": number // COLUMNS * HEIGHT, "w": WIDTH, "h": HEIGHT}
+    return {
+        "id": number + 1, "type": "timeseries", "title": title, "datasource": SOURCE, "gridPos": place,
+        "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+        "options": {"legend": {"displayMode": "list", "placement": "bottom"}},
+        "targets": [
+            {"refId": chr(ord("A") + i), "expr": query, "legendFormat": legend, "datasource": SOURCE}
+            for i, (legend, query) in enumerate(queries.items())
+        ],
+    }  # fmt: skip
