@@ -92,6 +92,7 @@ def serve(
     address: Annotated[str | None, typer.Option(metavar="ADDR", help="The Ray cluster to join.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="The clients' key; else ONEIRA_API_KEY.")] = None,
     loader: Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="Who loads the models.")] = None,
+    replicas: Annotated[int, typer.Option(metavar="N", help="Of each stage, where they are apart (split).")] = 1,
 ) -> None:
     """Serve text to image, as OpenAI's Images API, and samples of generative models over HTTP until Ctrl-C."""
     from .connection import disconnect
@@ -103,7 +104,7 @@ def serve(
 
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
-    settings: dict[str, Any] = {"layout": layout, "host": host, "port": port, "address": address}
+    settings: dict[str, Any] = {"layout": layout, "host": host, "port": port, "address": address, "replicas": replicas}
     key = read_key(key_file)
     try:
         models = model or ["builtin"]
@@ -114,7 +115,11 @@ def serve(
             bearer = ' -H "Authorization: Bearer $ONEIRA_API_KEY"' if key else ""
             typer.echo(f"Serving on {server.url} (Ctrl-C stops)")
             typer.echo(f"curl {server.url}/v1/{path}{bearer} -H 'Content-Type: application/json' -d '{body}'")
-            server.watch()
+            try:
+                server.watch()
+            except KeyboardInterrupt:
+                typer.echo("Requests under way are finished first (again: stops now).")
+                server.drain()
     except KeyboardInterrupt:
         typer.echo("Stopped.")
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,9 +28,10 @@ from .service import Request, Service
 Layout = Literal["fused", "split"]
 ACTOR_CPUS = 0.1
 ACTOR_GPUS = 0.01  # where there are any: without a share, Ray hides them
-STOP_SECONDS = 5.0  # for requests under way, when the server stops
+STOP_SECONDS = 30.0  # for requests under way at a replica that stops
 HEALTH_SECONDS = 2.0  # between two looks at a replica
 FROZEN_SECONDS = 10.0  # for its answer; Serve replaces it after three looks in a row without one
+RETRIES = 2  # of a stage whose replica died: it gives the same wherever it runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Serving:
     Args:
         models: names, as the loader takes them. loader: see `models.load_models`. key: see `web.make_app`.
         rows: pictures under way at once. queue: pictures that may wait.
+        replicas: of each kind of stage at least, in the layout "split".
     """
 
     models: Sequence[str]
@@ -46,6 +49,7 @@ class Serving:
     key: str | None = None
     rows: int = 16
     queue: int = 64
+    replicas: int = 1
 
 
 def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Application:
@@ -60,7 +64,8 @@ def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Appli
     if layout == "fused":
         fused = serve.deployment(name="fused", ray_actor_options=actor, **front)(serve.ingress()(Fused))
         return fused.bind(serving)
-    scale = {"min_replicas": 1, "max_replicas": max(1, cpus // 2, gpus), "target_ongoing_requests": serving.rows}
+    most = max(serving.replicas, cpus // 2, gpus)
+    scale = {"min_replicas": serving.replicas, "max_replicas": most, "target_ongoing_requests": serving.rows}
     host = serve.deployment(
         ray_actor_options=actor, max_ongoing_requests=2 * serving.rows, autoscaling_config=scale, **common
     )(Host)
@@ -81,6 +86,10 @@ class _Ingress:
         from .web import make_app
 
         return make_app(self.service, self.key)
+
+    async def drain(self, seconds: float) -> int:
+        """As `Service.drain`."""
+        return await self.service.drain(seconds)
 
 
 class Fused(_Ingress):
@@ -163,7 +172,16 @@ class Remote:
         self._hosts = hosts
 
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
-        """As `Engine.run`. A caller who is cancelled cancels it there as well."""
+        """As `Engine.run`. A caller who is cancelled cancels it there as well. Where a replica dies, another one does it."""
+        for _ in range(RETRIES):
+            with suppress(RayActorError):
+                return await self._run_once(model, stage, request, state)
+        try:
+            return await self._run_once(model, stage, request, state)
+        except RayActorError as error:
+            raise Stopping from error
+
+    async def _run_once(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         response = self._hosts[kind_of(stage)].run.remote(model, stage, request, state)
         try:
             return await response
@@ -172,5 +190,5 @@ class Remote:
             raise
         except RayTaskError as error:
             raise error.cause from None
-        except (DeploymentUnavailableError, RayActorError, BackPressureError) as error:
+        except (DeploymentUnavailableError, BackPressureError) as error:
             raise Stopping from error

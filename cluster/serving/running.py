@@ -11,6 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -27,6 +28,7 @@ APPLICATION = "oneira"
 LAYOUTS = ("fused", "split")
 SECONDS_BETWEEN_LOOKS = 2.0  # at the health of a server that runs
 UNHEALTHY_SECONDS = 120.0  # after which it is given up: Ray Serve has long replaced what can be replaced
+DRAIN_SECONDS = 30.0  # for requests under way when the server is asked to stop
 READY_SECONDS = 60.0  # for the proxy to learn of an application that runs
 
 
@@ -46,8 +48,16 @@ class Server:
             elif time.monotonic() - well > seconds:
                 raise ClusterError(f"The server at {self.url} has not been healthy for {seconds:.0f} s: given up.")
 
+    def drain(self, seconds: float = DRAIN_SECONDS) -> None:
+        """New requests hear 503 from now on, as does who asks for its health; those under way have so many seconds."""
+        from ray import serve
+
+        with suppress(Exception):  # a server that cannot answer has nothing to finish
+            handle = serve.get_app_handle(APPLICATION)
+            handle.drain.remote(seconds).result(timeout_s=seconds + SECONDS_BETWEEN_LOOKS)
+
     def close(self) -> None:
-        """Stop what was started: requests under way have a few seconds."""
+        """Stop what was started; `drain` first, and no request is cut off."""
         from ray import serve
 
         serve.shutdown()
@@ -63,7 +73,7 @@ class Server:
 
 def serve(
     models: Sequence[str] = ("builtin",), *, host: str = "127.0.0.1", port: int = 8000, layout: Layout = "fused",
-    address: str | None = None, key: str | None = None, loader: str = LOADER,
+    address: str | None = None, key: str | None = None, loader: str = LOADER, replicas: int = 1,
 ) -> Server:  # fmt: skip
     """Serve models over HTTP; returns when the first request would succeed.
 
@@ -71,6 +81,7 @@ def serve(
         models: built-in names, runs, folders or hub ids. layout: "fused" or "split".
         host: any but a loopback address needs a `key`, which clients bear. port: 0 takes a free one.
         address: of the Ray cluster, as for `connect`. loader: "module:function", a model's name to its stages.
+        replicas: of each kind of stage, in the layout "split"; where one dies, the others do its work.
 
     Raises:
         UsageError: a wrong layout, an address without a key, a port that is taken, an unknown model.
@@ -80,6 +91,8 @@ def serve(
         raise UsageError(f"Unknown layout '{layout}'. {did_you_mean(layout, LAYOUTS)}")
     if not models:
         raise UsageError("No model is named. Allowed: one or more.")
+    if replicas < 1 or (replicas > 1 and layout != "split"):
+        raise UsageError(f"replicas is {replicas}. Allowed: 1, or more in the layout 'split'.")
     if key is None and not is_loopback(host):
         raise UsageError(f"Host '{host}' can be reached from outside, so a key is required: set ONEIRA_API_KEY.")
     port = _free_port(host, port)
@@ -94,7 +107,7 @@ def serve(
     if ray_serve.status().proxies:
         raise ClusterError("This cluster serves already: one server a cluster. Stop the other one, or use --address.")
     resources = ray.cluster_resources()
-    serving = Serving(models=tuple(map(anywhere, models)), loader=loader, key=key)
+    serving = Serving(models=tuple(map(anywhere, models)), loader=loader, key=key, replicas=replicas)
     application = build(serving, layout, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
     server = Server(f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}")
     try:

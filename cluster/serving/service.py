@@ -8,6 +8,7 @@ states = await service.draw("builtin", [PictureRequest(prompt="a red circle")], 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -110,8 +111,16 @@ class Service:
         return self._begun and not self._way.dead
 
     def stop(self) -> None:
-        """From now on requests get `Stopping`."""
+        """From now on requests get `Stopping`; those under way go on."""
         self._begun = False
+
+    async def drain(self, seconds: float) -> int:
+        """Takes no new request, and gives those under way so many seconds. The number of pictures that were left then."""
+        self.stop()
+        end = time.monotonic() + seconds
+        while (left := self.line.taken + self.line.waiting) and time.monotonic() < end and not self._way.dead:
+            await asyncio.sleep(0.05)
+        return left
 
     async def draw(
         self, model: str, requests: Sequence[PictureRequest], *, size: int | None = None,

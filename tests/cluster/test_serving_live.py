@@ -2,54 +2,27 @@
 
 import base64
 import io
+import json
 import os
-import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
 
 PAUSED = {"steps": 100}  # of 50 ms each, for "patient"
 
 
-class Command:
-    """The command, until its `url` answers."""
-
-    def __init__(self, home, *arguments):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= {"ONEIRA_HOME": str(home), "PYTHONPATH": str(Path(__file__).parent), "PYTHONUNBUFFERED": "1"}
-        environment.pop("ONEIRA_API_KEY", None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "oneira.platform.cli", "serve", "--loader", "tiny:load", "--port", "0", *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        first = self.process.stdout.readline()
-        found = re.search(r"http://\S+", first)
-        if not found:
-            self.process.kill()
-            raise AssertionError(first + self.process.stderr.read())
-        self.url, self.curl = found[0], self.process.stdout.readline()
-        self.family = psutil.Process(self.process.pid).children(recursive=True)
-
-    def stop(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
-        self.process.wait(timeout=60)
-        _, alive = psutil.wait_procs(self.family, timeout=20)
-        for left in alive:
-            left.kill()
-        return self.process.returncode, alive
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    command = Command(tmp_path_factory.mktemp("home"), "--model", "tiny", "--model", "patient")
+def server(tmp_path_factory, serving):
+    command = serving(tmp_path_factory.mktemp("home"), "--model", "tiny", "--model", "patient")
     yield command
     code, alive = command.stop()
     assert code == 0 and not alive
@@ -145,11 +118,58 @@ def test_the_curl_line_works(server):
     assert '"b64_json"' in done.stdout, done.stderr
 
 
+def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new(serving, tmp_path, monkeypatch):
+    monkeypatch.setenv("ONEIRA_LOG", "json")
+    command = serving(tmp_path, "--model", "patient")
+    logs = Path(json.loads((tmp_path / "cluster" / "local.json").read_text())["session"]) / "logs"
+    body = json.dumps({"prompt": "a", "steps": 60}).encode()
+    asked = urllib.request.Request(
+        f"{command.url}/v1/images/generations", body, {"Content-Type": "application/json", "X-Request-ID": "mine-1"}
+    )
+    answers = []
+
+    def ask():
+        with urllib.request.urlopen(asked, timeout=120) as answer:
+            answers.append((answer.status, answer.headers.get_all("x-request-id"), json.loads(answer.read())))
+
+    asking = threading.Thread(target=ask)
+    try:
+        asking.start()
+        while not metric(command, "oneira_under_way"):
+            time.sleep(0.05)
+    finally:
+        command.process.send_signal(signal.SIGTERM)
+    refused = until_refused(
+        urllib.request.Request(asked.full_url, b'{"prompt": "a", "steps": 1}', {"Content-Type": "application/json"})
+    )
+    code, alive = command.stop(0)
+    asking.join()
+    [(status, names, answer)] = answers
+    assert (status, names) == (200, ["mine-1"]) and picture(answer["data"][0]["b64_json"]).shape == (128, 128, 3)
+    assert refused.code == 503 and refused.headers["retry-after"] and refused.headers["x-request-id"]
+    assert code == 0 and not alive
+    said = [
+        json.loads(line)
+        for file in logs.glob("worker-*.err")
+        for line in file.read_text().splitlines()
+        if '"request"' in line
+    ]
+    assert ("mine-1", 200) in {(line.get("request"), line.get("status")) for line in said}
+
+
+def until_refused(request):
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=30).close()
+        except urllib.error.HTTPError as error:
+            return error
+
+
 @pytest.mark.slow
-def test_the_split_layout_does_the_same(tmp_path):
+def test_the_split_layout_does_the_same(serving, tmp_path):
     import openai
 
-    command = Command(tmp_path, "--model", "tiny", "--layout", "split")
+    command = serving(tmp_path, "--model", "tiny", "--layout", "split")
     try:
         client = openai.OpenAI(api_key="any", base_url=f"{command.url}/v1", max_retries=0, timeout=120)
         events = list(client.images.generate(model="tiny", prompt="a", stream=True, partial_images=1))
@@ -166,6 +186,7 @@ def test_the_split_layout_does_the_same(tmp_path):
     [
         (["--host", "0.0.0.0"], 2, "ONEIRA_API_KEY"),
         (["--layout", "fussed"], 2, "Did you mean 'fused'"),
+        (["--replicas", "2"], 2, "'split'"),
         (["--key-file", "/no/such/file"], 2, "/no/such/file"),
     ],
 )
