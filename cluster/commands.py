@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from oneira.platform.errors import UsageError
+from oneira.platform.errors import UsageError, did_you_mean
 
 
 def register(app: typer.Typer) -> None:
@@ -26,9 +27,15 @@ def register(app: typer.Typer) -> None:
 
 def devices(
     address: Annotated[str | None, typer.Option(help="HOST:PORT of a running cluster's head.")] = None,
+    cancel: Annotated[int | None, typer.Option(metavar="LEASE", help="Take back the lease of this number.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Show the devices that torch sees here and, where a cluster runs, what Ray and its scheduler see on it. Starts nothing."""
+    """Show the devices that torch sees here and, where a cluster runs, what Ray and its scheduler see on it. Starts nothing.
+
+    Work whose lease is taken back stops at its next step; training that was stopped so can be resumed.
+    """
+    if cancel is not None:
+        take_back(cancel, address)
     seen = survey(address)
     if as_json:
         typer.echo(json.dumps(seen, indent=2))
@@ -39,16 +46,43 @@ def devices(
     typer.echo(f"cluster: {cluster['address'] if cluster else 'none is running'}")
     for node in cluster["nodes"] if cluster else []:
         typer.echo(f"  node {node['id'][:8]} at {node['address']}: {node['resources']}")
-    for device in (cluster["scheduler"] or {"devices": []})["devices"] if cluster else []:
+    scheduler = cluster["scheduler"] if cluster else None
+    for line in scheduler_lines(scheduler) if scheduler else []:
+        typer.echo(f"  {line}")
+
+
+def scheduler_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """A scheduler's report for people."""
+    for device in report["devices"]:
         used, memory = device["used"] / 1e9, device["memory"] / 1e9
-        typer.echo(
-            f"  device {device['name']}: {used:.1f} of {memory:.1f} GB, {device['slots_taken']} of {device['slots']} slots"
-        )
+        yield f"device {device['name']}: {used:.1f} of {memory:.1f} GB, {device['slots_taken']} of {device['slots']} slots"
+        for resident in device["residents"]:
+            yield f"  model {resident['model']}: {resident['bytes'] / 1e9:.2f} GB"
         for lease in device["leases"]:
-            typer.echo(
-                f"    {lease['priority']} of {lease['client']} {lease['state']} for {lease['seconds']:.0f} s: "
-                f"{lease['bytes'] / 1e9:.1f} GB, {lease['slots']} slots"
+            yield (
+                f"  lease {lease['id']}: {lease['priority']} of {lease['client']} {lease['state']} for "
+                f"{lease['seconds']:.0f} s: {lease['bytes'] / 1e9:.1f} GB, {lease['slots']} slots"
             )
+    counts = report["counts"]
+    yield (
+        f"{counts['grants']} grants, {counts['pauses']} pauses, {counts['refusals']} refusals, "
+        f"{counts['moves']} models sent away"
+    )
+
+
+def take_back(lease: int, address: str | None) -> None:
+    """Cancels a lease of the cluster's scheduler. Raises UsageError where there is no such lease, or no scheduler."""
+    import ray
+
+    from .connection import connect
+    from .scheduling.actor import find_desk
+
+    desk = find_desk(start=False) if connect(address, start=False) else None
+    if desk is None:
+        raise UsageError(f"There is no lease {lease}: no cluster with a scheduler runs.")
+    if not ray.get(desk.cancel.remote(lease)):
+        known = [str(one["id"]) for device in ray.get(desk.report.remote())["devices"] for one in device["leases"]]
+        raise UsageError(f"There is no lease {lease}. {did_you_mean(str(lease), known)}")
 
 
 def survey(address: str | None = None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from oneira.platform.devices import Priority, check_priority
+from oneira.platform.devices import PRIORITIES, Priority, check_priority
 from oneira.platform.errors import UsageError, did_you_mean
 
 from .leases import CAN_WAIT, QUANTUM, Cancelled, Event, Granted, Lease, Model, Move, Refused, Wanted
@@ -42,6 +42,9 @@ class Scheduler:
         self.leases: dict[int, Lease] = {}
         self.working, self.demand, self.restoring = Working(), Demand(), restoring or Restoring()
         self.moves = self.refusals = self.grants = self.pauses = 0
+        self.waits = {
+            priority: [0, 0.0] for priority in PRIORITIES
+        }  # leases that were granted, seconds that they waited
         self.open = True  # False: nothing is granted yet
         self._ids = itertools.count(1)
         self._events: list[Event] = []
@@ -288,6 +291,7 @@ class Scheduler:
                 for m in self.models.values()
             ],
             "counts": {"grants": self.grants, "refusals": self.refusals, "moves": self.moves, "pauses": self.pauses},
+            "waits": {priority: {"leases": n, "seconds": round(s, 6)} for priority, (n, s) in self.waits.items()},
         }  # fmt: skip
 
     # Decisions ------------------------------------------------------------------------------------------------------
@@ -482,6 +486,8 @@ class Scheduler:
             lease.restore = 0.0
         place.ledger.hold(lease.id, lease.bytes, lease.slots)
         if fresh:
+            waits = self.waits[lease.priority]
+            waits[0], waits[1] = waits[0] + 1, waits[1] + now - lease.asked
             lease.began = now
             _add(place.using, lease.model, 1)
         place.running[lease.id] = lease
@@ -570,8 +576,8 @@ def _describe(place: Place, now: float) -> dict[str, Any]:
     ledger = place.ledger
     leases = [*place.running.values(), *place.line.in_order()]
     return {
-        "name": place.name, "kind": place.kind, "node": place.node, "memory": ledger.memory, "used": ledger.used, "slots": ledger.slots,
-        "slots_taken": ledger.slots_taken, "step_seconds": round(place.step, 6), "warm": sorted(place.host.models),
+        "name": place.name, "kind": place.kind, "node": place.node, "memory": ledger.memory, "used": ledger.used,
+        "resident": ledger.resident_bytes, "working": ledger.held_bytes, "slots": ledger.slots, "slots_taken": ledger.slots_taken, "step_seconds": round(place.step, 6), "warm": sorted(place.host.models),
         "residents": [
             {"model": name, "bytes": r.bytes, "owner": r.owner, "pinned": r.pinned, "leaving": r.leaving}
             for name, r in ledger.residents.items()

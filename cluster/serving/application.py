@@ -83,9 +83,10 @@ class _Ingress:
     key: str | None
 
     def __serve_build_asgi_app__(self) -> Any:
+        from .watching import ask_scheduler
         from .web import make_app
 
-        return make_app(self.service, self.key)
+        return make_app(self.service, self.key, ask_scheduler)
 
     async def drain(self, seconds: float) -> int:
         """As `Service.drain`."""

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -30,7 +30,18 @@ from oneira.multimodal.stages import PictureRequest, State
 from oneira.platform.errors import UsageError, did_you_mean
 from oneira.platform.logs import in_json, say
 
-from .asking import CLIENT_GONE, ApiError, ClientGone, as_api_error, gone, read_file, read_form, read_json, while_there
+from .asking import (
+    CLIENT_GONE,
+    RETRY_READY,
+    ApiError,
+    ClientGone,
+    as_api_error,
+    gone,
+    read_file,
+    read_form,
+    read_json,
+    while_there,
+)
 from .engine import Stopping
 from .line import Full
 from .pictures import Shelf, from_data_url, read_edit, read_picture, write_picture
@@ -38,21 +49,29 @@ from .running import is_loopback
 from .sampling import SampleRequest
 from .schema import SEEDS, Edit, Embedding, Generation, Interpolation, Prompt, Sample, Variation, body, form
 from .service import Service
+from .watching import HEADERS, PAGE, metrics_of
 
 MAX_BODY = 1 << 20  # bytes, where no pictures are in it
 MAX_BODY_OF = {"edits": 18 << 20, "variations": 10 << 20, "interpolations": 25 << 20}  # by the last part of the path
-OPEN_PATHS = ("/healthz", "/v1/images/files/")  # without a key: a picture's address is a secret itself
+OPEN_PATHS = ("/healthz", "/v1/images/files/", "/devices")  # without a key: a picture's address is a secret itself
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
-def make_app(service: Service, key: str | None = None) -> FastAPI:
-    """The app over a `Service`. `key`: what clients must bear; None asks for none."""
+Watch = Callable[[], Awaitable[dict[str, Any] | None]]
+
+
+async def _nobody() -> None:
+    """No scheduler is there to be watched."""
+
+
+def make_app(service: Service, key: str | None = None, watch: Watch = _nobody) -> FastAPI:
+    """The app over a `Service`. `key`: what clients must bear; None asks for none. `watch`: gives the scheduler's report."""
     app = FastAPI(title="Oneira", version="1", docs_url=None, redoc_url=None)
     for kind in (ApiError, HTTPException, Full, Stopping, UsageError, ClientGone, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(_Door, service=service, key=key)
-    _Routes(service, Shelf()).add_to(app)
+    _Routes(service, Shelf(), watch).add_to(app)
     return app
 
 
@@ -64,8 +83,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 class _Routes:
-    def __init__(self, service: Service, shelf: Shelf) -> None:
-        self.service, self.shelf = service, shelf
+    def __init__(self, service: Service, shelf: Shelf, watch: Watch) -> None:
+        self.service, self.shelf, self.watch = service, shelf, watch
         self.born = int(time.time())
 
     def add_to(self, app: FastAPI) -> None:
@@ -85,6 +104,8 @@ class _Routes:
             ("/v1/models", self.models),
             ("/v1/models/{model:path}", self.one_model),
             ("/v1/images/files/{name}", self.file),
+            ("/v1/devices", self.devices),
+            ("/devices", self.page),
             ("/healthz", self.health),
             ("/metrics", self.metrics),
         )
@@ -208,7 +229,20 @@ class _Routes:
 
     async def metrics(self) -> Response:
         """Prometheus."""
-        return Response(generate_latest(self.service.measures.registry), media_type="text/plain; version=0.0.4")
+        seen = await self.watch()
+        rows = generate_latest(self.service.measures.registry) + (b"" if seen is None else metrics_of(seen))
+        return Response(rows, media_type="text/plain; version=0.0.4")
+
+    async def devices(self) -> Response:
+        """What the device scheduler sees: ledger, residents, leases, queues, waits, evictions."""
+        seen = await self.watch()
+        if seen is None:
+            raise ApiError(503, "The device scheduler does not answer.", code="no_scheduler", retry=RETRY_READY)
+        return JSONResponse(seen)
+
+    async def page(self) -> Response:
+        """The same as a page that keeps itself up to date."""
+        return Response(PAGE, media_type="text/html; charset=utf-8", headers=HEADERS)
 
     # What routes share
 

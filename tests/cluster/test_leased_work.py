@@ -3,12 +3,14 @@
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from oneira.cluster.commands import devices
 from oneira.generative.presets import realnvp_moons
 from oneira.platform.devices import LocalDevice, device_here, granted_by
-from oneira.platform.errors import Interrupted
+from oneira.platform.errors import Interrupted, UsageError
 from oneira.platform.executor import SerialExecutor
 from oneira.platform.runs import Run
 from oneira.platform.training import train
@@ -50,27 +52,28 @@ def new_run(folder, steps):
 def hold(shared, unit):
     """A unit of work that makes steps until a file is there."""
     with device_here("cpu").lease(priority=unit["priority"]) as lease:
-        while time.time() < unit["until"]:
+        while not Path(unit["until"]).exists():
             lease.step()
             time.sleep(0.005)
     return type(lease).__name__
 
 
-def test_who_hosts_the_work_says_who_grants_its_time():
+def test_who_hosts_the_work_says_who_grants_its_time(tmp_path):
     class Mine(LocalDevice):
         pass
 
     with granted_by(Mine):
         assert isinstance(device_here("cpu"), Mine) and device_here("cpu").name == "cpu"
     assert type(device_here()) is LocalDevice
-    assert SerialExecutor().submit(hold, None, {"priority": "dream", "until": 0}).result() == "LocalLease"
+    assert SerialExecutor().submit(hold, None, {"priority": "dream", "until": str(tmp_path)}).result() == "LocalLease"
 
 
-def test_units_on_workers_have_a_lease_of_their_cores(executor):
-    unit = {"priority": "dream", "until": time.time() + 2}
+def test_units_on_workers_have_a_lease_of_their_cores(tmp_path, executor):
+    unit = {"priority": "dream", "until": str(tmp_path / "end")}
     handle = executor.submit(hold, None, unit)
     [lease] = until(lambda: leases(priority="dream", state="running"))
     assert lease["slots"] == 1
+    (tmp_path / "end").touch()
     assert handle.result() == "ClusterLease"
 
 
@@ -112,12 +115,14 @@ def test_training_whose_lease_is_cancelled_frees_the_device_and_can_be_resumed(t
     training.start()
     [lease] = until(lambda: leases(priority="train", state="running"))
     until(lambda: run.checkpoints.exists("fit"))
-    assert desk("cancel", lease["id"])
+    devices(cancel=lease["id"])
     began = time.monotonic()
     with device.lease(priority="batch"):  # which passes nobody
         assert time.monotonic() - began < 2
     training.join(timeout=30)
     assert "cancelled" in str(ended[0])
+    with pytest.raises(UsageError, match="no lease 1000000"):
+        devices(cancel=1_000_000)
 
 
 def test_the_command_says_how_to_go_on_when_its_lease_is_cancelled(tmp_path, monkeypatch):

@@ -101,8 +101,13 @@ def test_interactive_takes_the_device_at_the_next_step_and_gives_it_back():
     ]  # fmt: skip
     scheduler.pause(train)
     assert kinds(scheduler.events()) == [("Granted", quick), ("Wanted", quick)]  # the second: somebody waits
+    clock.now += 2.0
     scheduler.release(quick)
     assert kinds(scheduler.events()) == [("Granted", train)]
+    waits = scheduler.report()["waits"]
+    assert (
+        waits["train"] == waits["interactive"] == {"leases": 1, "seconds": 0.0}
+    )  # going on after a pause is no new wait
 
 
 def test_equals_take_turns_and_nobody_is_paused_before_a_quantum():

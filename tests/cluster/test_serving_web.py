@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import hashlib
 import http.server
 import io
 import json
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from oneira.cluster.deploy.dashboard import dashboard
+from oneira.cluster.scheduling.scheduler import Scheduler
 from oneira.cluster.serving import engine as engine_module
 from oneira.cluster.serving import running
 from oneira.cluster.serving.application import must_live
@@ -33,8 +35,12 @@ BLEND, EMBED = "/v1/images/interpolations", "/v1/embeddings"
 class Site:
     """The app with a client that calls it directly, in one event loop."""
 
-    def __init__(self, loader, name="tiny", key=None, **line):
+    def __init__(self, loader, name="tiny", key=None, seen=None, **line):
+        """seen: the scheduler's report, None where it is silent."""
         from oneira.cluster.serving.web import make_app
+
+        async def watch():
+            return seen
 
         self.loop = asyncio.new_event_loop()
         models = load_models([name], loader)
@@ -43,7 +49,7 @@ class Site:
         async def begin():
             self.engine = Engine(models, threads=1)
             self.service = Service(self.engine, {name: [stage.name for stage in self.stages]}, Line(**line))
-            self.app = make_app(self.service, key)
+            self.app = make_app(self.service, key, watch)
             await self.service.begin()
 
         self.loop.run_until_complete(begin())
@@ -193,6 +199,58 @@ def test_metrics_health_models_and_the_document(site):
     assert "prompt" in paths[GENERATE]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
 
 
+def scheduler_report():
+    """Of a device with one lease that runs, one that is paused, one that waits, a model, and one that was sent away."""
+    now = [0.0]
+    scheduler = Scheduler(lambda: now[0])
+    scheduler.add_device("node/cpu", memory=1000, slots=2)
+    scheduler.add_model("old", 500)
+    scheduler.add_model("new", 600)
+    scheduler.release(scheduler.ask("server", "interactive", model="old"))
+    train = scheduler.ask("run", "train", slots=2, bytes=100)
+    now[0] = 10.0
+    scheduler.ask("server", "interactive", slots=2, model="new", bytes=50)
+    scheduler.pause(train)
+    scheduler.moved("old", "node/cpu")
+    scheduler.ask("dream", "dream")
+    return scheduler.report()
+
+
+def test_the_scheduler_is_shown_as_rows_as_json_and_as_a_page(tiny):
+    site = Site(tiny, seen=scheduler_report())
+    try:
+        rows = site.ask("GET", "/metrics").text.splitlines()
+        for row in (
+            'oneira_device_memory_bytes{device="node/cpu"} 1000.0',
+            'oneira_device_resident_bytes{device="node/cpu"} 600.0',
+            'oneira_device_working_bytes{device="node/cpu"} 150.0',
+            'oneira_device_slots_taken{device="node/cpu"} 2.0',
+            'oneira_resident_bytes{device="node/cpu",model="new"} 600.0',
+            'oneira_leases{device="node/cpu",priority="interactive",state="running"} 1.0',
+            'oneira_leases{device="node/cpu",priority="train",state="paused"} 1.0',
+            'oneira_leases{device="node/cpu",priority="dream",state="waiting"} 1.0',
+            'oneira_lease_wait_seconds_count{priority="interactive"} 2.0',
+            "oneira_lease_pauses_total 1.0",
+            "oneira_model_evictions_total 1.0",
+        ):
+            assert row in rows
+        assert site.ask("GET", "/v1/devices").json()["counts"]["moves"] == 1
+        page = site.ask("GET", "/devices")
+        assert page.headers["content-type"].startswith("text/html") and "//" not in page.text.replace("<!--", "")
+        for tag, rule in (("script", "script-src"), ("style", "style-src")):
+            inside = page.text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+            digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+            assert f"{rule} 'sha256-{digest}'" in page.headers["content-security-policy"]
+    finally:
+        site.close()
+
+
+def test_a_silent_scheduler_stops_no_metrics(site):
+    assert site.ask("GET", "/v1/devices").json()["error"]["code"] == "no_scheduler"
+    answer = site.ask("GET", "/metrics")
+    assert answer.status_code == 200 and "oneira_device" not in answer.text
+
+
 GOOD = {"prompt": "a red circle"}
 WRONG_JSON = [
     (GENERATE, {}, 400, "prompt", "missing"),
@@ -307,6 +365,7 @@ def test_the_key_is_asked_for_everywhere_but_at_the_door(tiny):
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
             answer = site.post(GENERATE, json=GOOD, headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+        assert site.ask("GET", "/v1/devices").status_code == 401 and site.ask("GET", "/devices").status_code == 200
         assert site.ask("GET", "/metrics").status_code == 401 and site.ask("GET", "/healthz").status_code == 200
         assert site.post(GENERATE, json=GOOD, headers={"Authorization": "Bearer secret"}).status_code == 200
     finally:
