@@ -6,17 +6,18 @@ import json
 from pathlib import Path
 
 from oneira.platform.presets import preset_names
+from oneira.platform.store import MODELS
 
 CARD, WEIGHTS = "model.json", "model.safetensors"
 
 
 def find_model(name: str | Path) -> Path | None:
     """The folder with the weights of a run (a path, or its name in runs/), of a preset's newest trained run, or of a folder
-    that `GenerativeModel.save` wrote; None where there is none."""
+    that `GenerativeModel.save` wrote (a path, or its name in models/); None where there is none."""
     from oneira.platform.runs import Run, place_of, runs_folder  # brings numpy, which --help does without
 
     place = place_of(name)
-    for folder in (Path(name).expanduser(), place, place / "model"):
+    for folder in (Path(name).expanduser(), place, place / "model", MODELS / name):
         if is_model(folder):
             return folder
     if str(name) in preset_names() and not place.exists():

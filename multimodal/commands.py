@@ -1,4 +1,4 @@
-"""The commands of this package: `oneira generate`, `oneira assemble` and `oneira judge`."""
+"""The commands of this package: `oneira generate`, `assemble`, `judge` and `models`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from .shelf_commands import models
 
 MODEL = Annotated[
     str,
@@ -20,6 +22,7 @@ def register(app: typer.Typer) -> None:
     app.command()(generate)
     app.command()(assemble)
     app.command()(judge)
+    app.add_typer(models, name="models")
 
 
 def generate(

@@ -18,6 +18,7 @@ from torch import Tensor
 from oneira.platform.devices import pick_device, pick_precision
 from oneira.platform.errors import ConfigError, DataError
 from oneira.platform.runs import place_of
+from oneira.platform.store import MODELS
 
 from .clip import CONFIG, Clip
 from .scenes import Scenes, captions, draw, sample
@@ -27,13 +28,13 @@ COUNTED = 2048  # scenes from which statistics of embeddings are taken
 
 
 def clip_folder(name: str) -> Path:
-    """The folder in open_clip's format that `name` means: a run of scenes-clip, or such a folder itself.
+    """The folder in open_clip's format that `name` means: a run of scenes-clip, such a folder itself, or one of models/.
 
     Raises:
         DataError: there is none yet; the message says how to make one.
     """
     place = place_of(name)
-    for folder in (place / "model", place):
+    for folder in (place / "model", place, MODELS / name):
         if (folder / CONFIG).is_file():
             return folder
     raise DataError(

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from oneira.generative.interpolation import slerp
+from oneira.platform import store
 from oneira.platform.config import from_dict, to_dict
 from oneira.platform.devices import pick_device, pick_precision
 from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_mean
@@ -101,7 +102,7 @@ def load_text_to_image(
     if card.sizes:
         upsampler = _packed(Upsampler.load(folder / "upsampler").to(place))
         stages += [UpsamplerStage(upsampler, size=size, steps=card.upsampler_steps, dtype=dtype) for size in card.sizes]
-    return TextToImage(stages, card, name=Path(name_or_folder).name)
+    return TextToImage(stages, card, name=store.name_of(folder))
 
 
 def _packed(model: Any) -> Any:
@@ -128,12 +129,13 @@ def find_model(name_or_folder: str | Path) -> Path:
                 f"--prior scenes-prior --decoder scenes-decoder --upsampler scenes-upsampler --out {BUILTIN}"
             )
         return BUILTIN
-    folder = Path(name_or_folder).expanduser()
+    folder = store.find(name_or_folder) or Path(name_or_folder).expanduser()
     if folder.is_file():
         raise DataError(f"'{folder}' is a file; a model is a folder with {MODEL} or with diffusers' model_index.json.")
     if not folder.is_dir():
+        known = [*NAMES, *(place.name for place in store.stored())]
         raise UsageError(
-            f"There is no model '{name_or_folder}': it is no folder. {did_you_mean(str(name_or_folder), NAMES)}"
+            f"There is no model '{name_or_folder}': it is no folder. {did_you_mean(str(name_or_folder), known)}"
         )
     if not (folder / MODEL).is_file():
         raise DataError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from oneira.generative.finding import find_model
 from oneira.multimodal.public.names import absolute
 from oneira.platform.errors import DataError, UsageError
+from oneira.platform.store import MODELS
 
 if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage
@@ -57,7 +58,7 @@ def anywhere(name: str) -> str:
     if find_model(name) is not None:
         from oneira.platform.runs import place_of  # brings numpy, which --help does without
 
-        for place in (place_of(name), Path(name).expanduser()):
+        for place in (place_of(name), Path(name).expanduser(), MODELS / name):
             if place.exists():
                 return str(place.absolute())
     return absolute(name)

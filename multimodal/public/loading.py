@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from oneira.platform import store
 from oneira.platform.errors import UsageError
 
 from ..drawing import Drawing
 from ..stages import Stage
 from . import deepfloyd, kandinsky, stable, unclip
 from .folders import Family, PublicFolder
-from .names import split
+from .names import place_of, split
 from .rows import RowStage
 
 FAMILIES: dict[str, tuple[Family, ...]] = {  # which may stand for which part of a model
@@ -44,7 +43,7 @@ def load_public(name: str, *, device: torch.device, dtype: torch.dtype = torch.f
         DataError: no family that is known, a class outside of the list, a file missing or of a format that is not read.
     """
     paths = split(name)
-    paths = paths or {"decoder": Path(name).expanduser()}
+    paths = paths or {"decoder": place_of(name)}
     every = [family for families in FAMILIES.values() for family in families]
     folders = {part: PublicFolder.open(path, every) for part, path in paths.items()}
     for part, folder in folders.items():
@@ -55,7 +54,7 @@ def load_public(name: str, *, device: torch.device, dtype: torch.dtype = torch.f
             raise UsageError(f"'{folder.path}' is of {folder.family.pipeline}, which is no {part}.")
     stages = _stages(folders, device, dtype)
     said = [(stage.folder.path, stage.sampling.note) for stage in stages if isinstance(stage, RowStage)]
-    return Drawing(stages, paths["decoder"].absolute().name, [f"'{path}': {note}" for path, note in said if note])
+    return Drawing(stages, store.name_of(paths["decoder"]), [f"'{path}': {note}" for path, note in said if note])
 
 
 def _stages(folders: dict[str, PublicFolder], device: torch.device, dtype: torch.dtype) -> list[Stage]:

@@ -1,10 +1,11 @@
-"""How a public model is named: one folder, or its parts, "prior=PATH,decoder=PATH". Imports no torch."""
+"""How a public model is named: one folder or name, or its parts, "prior=PATH,decoder=PATH". Imports no torch."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from oneira.platform import store
 from oneira.platform.errors import UsageError
 
 INDEX = "model_index.json"  # what a pipeline's folder has
@@ -13,7 +14,12 @@ PARTS = ("prior", "decoder", "upsampler")
 
 def is_public(name: str) -> bool:
     """Whether the name is of parts, or of a folder that says that it is a pipeline of diffusers'."""
-    return bool(split(name)) or (Path(name).expanduser() / INDEX).is_file()
+    return bool(split(name)) or (place_of(name) / INDEX).is_file()
+
+
+def place_of(name: str) -> Path:
+    """The folder of one name or path, which need not be there. Raises DataError for a name of the hub's that cannot be fetched."""
+    return store.find(name) or Path(name).expanduser()
 
 
 def split(name: str) -> dict[str, Path]:
@@ -26,7 +32,7 @@ def split(name: str) -> dict[str, Path]:
         part, _, path = piece.partition("=")
         if part in found:
             raise UsageError(f"'{name}' names '{part}' twice.")
-        found[part] = Path(path).expanduser()
+        found[part] = place_of(path)
     return found
 
 
@@ -34,5 +40,5 @@ def absolute(name: str) -> str:
     """The same name as a process in another folder understands it. Names of no folder stay as they are."""
     if parts := split(name):
         return ",".join(f"{part}={path.absolute()}" for part, path in parts.items())
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.is_dir() else name
+    path = store.find(name)
+    return name if path is None else str(path.absolute())
