@@ -94,6 +94,12 @@ def exploited(entry: dict[str, Any], longest: int) -> bool:
     return promises_too_much(entry["dream"]["mean"] / longest, entry["real"]["mean"] / longest)
 
 
+def alarm_region(longest: int, top: float) -> tuple[np.ndarray, np.ndarray]:
+    """The corners below which the alarm rings: dream scores up to `top`, and the real scores under which `exploited` is true there."""
+    dream = np.array([0.0, 0.3 * longest, top])
+    return dream, np.maximum(dream - 0.3 * longest, 0) / 1.5
+
+
 def _row(entry: dict[str, Any], longest: int, paper: dict[float, tuple[int, int]]) -> list[Any]:
     dream, real = entry["dream"], entry["real"]
     known = paper.get(entry["tau"], ("", ""))
@@ -132,9 +138,7 @@ def _plot(page: Report, found: list[dict[str, Any]], longest: int, paper: dict[f
             )
         edge = np.array([0.0, max(longest, *(e["dream"]["mean"] for e in found))])
         axis.plot(edge, edge, color=INK, linewidth=0.8, linestyle=":", label="what the dream promises")
-        axis.fill_between(
-            edge, 0, np.maximum(edge - 0.3 * longest, 0) / 1.5, alpha=0.08, color="#d1495b", linewidth=0, label="alarm"
-        )
+        axis.fill_between(*alarm_region(longest, edge[1]), alpha=0.08, color="#d1495b", linewidth=0, label="alarm")
         if paper:
             axis.plot(*zip(*paper.values(), strict=True), "x", color=INK, label="the paper's five")
         bounds = (0.0, 1.03 * edge[1])

@@ -212,9 +212,9 @@ def _reality(page: Report, run: Run) -> None:
     page.section(
         "Does the dream tell the truth?",
         "At a round's end every population is measured in both worlds. The rank correlation says whether the dream "
-        "puts candidates in the order in which reality puts them: 1 is the same order, 0 says nothing. The alarm rings "
-        "where it says nothing or worse, or where the dream promises far more than reality pays: then controllers are "
-        "exploiting the dream instead of learning to drive.",
+        "puts candidates in the order in which reality puts them: 1 is the same order, 0 says nothing; of 16 candidates, "
+        "less than 0.5 may be chance. The alarm rings where it is 0 or less, or where the dream promises far more than "
+        "reality pays: then controllers are exploiting the dream instead of learning to live in reality.",
     )
     if any("dream_mean" in line for line in checks):
         _correlations(page, [line for line in checks if "dream_mean" in line], run.metrics("candidate"))

@@ -28,6 +28,7 @@ from .errors import ConfigError, DataError, UsageError, did_you_mean
 from .presets import load_preset
 
 RUNS = Path("runs")
+MOST_SHOWN = 5  # differences of a config that an error names
 LIBRARIES = (
     "oneira",
     "torch",
@@ -339,10 +340,18 @@ def require_same_config(run: Run, preset: str, config: Any) -> None:
     if run.preset != preset:
         differences = {"preset": (run.preset, preset), **differences}
     if differences:
-        shown = "; ".join(f"{key}: {old!r} in the run, {new!r} asked for" for key, (old, new) in differences.items())
+        first = list(differences.items())[:MOST_SHOWN]
+        shown = "; ".join(f"{key}: {_short(old)} in the run, {_short(new)} asked for" for key, (old, new) in first)
+        if len(differences) > len(first):
+            shown += f"; and {len(differences) - len(first)} more"
         raise ConfigError(
             f"The run '{run.path}' has another config ({shown}). Give another --run, or the same settings."
         )
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def versions() -> dict[str, str | None]:

@@ -33,6 +33,8 @@ from oneira.platform.errors import EnvironmentMissing
 PATIENCE = 60.0
 """Seconds that one call of a game may last; a start takes 0.2 s, a step less than a millisecond, on a busy machine ten times that."""
 
+SHARED = ("ViZDoomMQCtr", "ViZDoomMQDoom", "ViZDoomSM")  # what a game's shared memory is called, before its own name
+
 # What runs in place of the game: it enters the game's folder and writes down who it is, then becomes the game.
 _LAUNCH = """#!/bin/sh
 trap '' INT
@@ -220,5 +222,9 @@ def confine(game: Any) -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Remove a closed game's folder."""
+    """Remove a closed game's folder, and the shared memory that a game which was killed leaves behind."""
+    with suppress(OSError):
+        name = (folder / "instance").read_text(encoding="utf-8").strip()
+        for kind in SHARED if name else ():
+            Path(f"/dev/shm/{kind}{name}").unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -107,7 +107,15 @@ _idle: list[Game] = []
 
 
 def _take(count: int, max_steps: int) -> list[Game]:
-    return [_idle.pop() if _idle else Game(max_steps) for _ in range(count)]
+    games: list[Game] = []
+    try:
+        for _ in range(count):
+            games.append(_idle.pop() if _idle else Game(max_steps))
+            games[-1].max_steps = max_steps
+    except BaseException:
+        _put_back(games)
+        raise
+    return games
 
 
 def _put_back(games: list[Game]) -> None:

@@ -15,7 +15,7 @@ from oneira.agents.dreaming import DreamModel
 from oneira.agents.exploration import NoisyChoices, RandomChoices
 from oneira.agents.fitness import dream_unit
 from oneira.agents.memory import MDNRNN, MemoryConfig, read_actions
-from oneira.agents.populations import PAPER, exploited
+from oneira.agents.populations import PAPER, alarm_region, exploited
 from oneira.agents.settings import PopulationConfig
 from oneira.agents.worldmodel import Senses, pack, unpack
 from oneira.generative.training import TrainSettings
@@ -155,6 +155,14 @@ def test_noisy_choices_err_as_often_as_they_should():
 def test_the_alarm_rings_for_the_papers_cold_dreams_alone():
     rung = {tau: exploited({"dream": {"mean": d}, "real": {"mean": r}}, 2100) for tau, (d, r) in PAPER["doom"].items()}
     assert rung == {0.1: True, 0.5: True, 1.0: False, 1.15: False, 1.3: False}
+
+
+def test_the_plot_shades_where_the_rule_rings():
+    dream, below = alarm_region(2100, 2100)
+    for d in (300, 600, 640, 1000, 1288, 2000):
+        line = np.interp(d, dream, below)
+        for real in (max(line - 5, 0.0), line + 5):
+            assert exploited({"dream": {"mean": d}, "real": {"mean": real}}, 2100) == (real < line), (d, real)
 
 
 def test_the_presets_are_the_papers_sizes():

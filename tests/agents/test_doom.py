@@ -107,6 +107,16 @@ def test_an_episode_is_truncated_at_the_limit():
     game.close()
 
 
+def test_a_used_game_takes_the_limit_of_its_new_batch():
+    for limit in (5, 9):
+        batch = simulator.DoomBatch([1], np.arange(1), max_steps=limit)
+        batch.reset()
+        ends = [bool(batch.step(np.zeros(1, int))[3][0]) for _ in range(limit)]
+        assert ends == [False] * (limit - 1) + [True]
+        del batch
+        gc.collect()
+
+
 class Still:
     """An agent that does nothing."""
 
@@ -193,10 +203,13 @@ def test_a_game_that_dies_is_an_error_and_the_next_batch_plays_on():
     world = DoomTakeCover()
     batch = world.batch([1, 2], np.arange(2))
     batch.reset()
+    name = (batch._games[1].folder / "instance").read_text().strip()
+    shared = [path for path in Path("/dev/shm").iterdir() if path.name.endswith(name)]
     psutil.Process(int((batch._games[1].folder / "pid").read_text())).kill()
     with pytest.raises(EnvironmentMissing, match="game of seed 2 died after"):
         for _ in range(5):
             batch.step(np.zeros(2, int))
+    assert shared and not any(path.exists() for path in shared)
     del batch
     gc.collect()
     assert play(world.batch([1, 2], np.arange(2)), steps=10)[1].tolist() == [10, 10]
