@@ -154,7 +154,7 @@ def wgan_digits() -> Any:
 
 
 def cgan_digits() -> Any:
-    return _gan(GANConfig(conditional=True), DIGITS, 10_000, 0.0)
+    return _gan(GANConfig(conditional=True), DIGITS, 6000, 0.0)
 
 
 def cgan_things() -> Any:
@@ -188,7 +188,7 @@ def beta_vae_scenes() -> Any:
 
 
 def ddpm_digits() -> Any:
-    return _run(DDPM, DDPMConfig(conditional=True), DIGITS, steps=6000, lr=2e-3, ema=0.998)
+    return _run(DDPM, DDPMConfig(conditional=True), DIGITS, steps=3000, lr=2e-3, ema=0.998)
 
 
 def ddpm_things() -> Any:
