@@ -85,7 +85,7 @@ def test_a_request_pauses_training_at_its_next_step_and_no_byte_changes(tmp_path
     training = threading.Thread(target=lambda: paused.config.train(paused, executor))
     training.start()
     until(lambda: leases(priority="train", state="running"))
-    while training.is_alive():
+    while training.is_alive() and times < 5:
         with device.lease(priority="interactive") as lease:
             lease.step()
             if times < 3:
