@@ -399,16 +399,18 @@ def _provenance(page: Report, run: Run) -> None:
 
 
 def _clock(run: Run) -> Callable[[Line], float]:
-    """Seconds of work before a line: time since the first start, without the pauses before the other starts."""
+    """Seconds of work before a line: time since the first start (or line, where stages were copied), without the pauses before starts."""
     starts = sorted(datetime.fromisoformat(start["time"]).timestamp() for start in run.provenance()["started"])
     times = np.array(sorted(line["time"] for line in run.metrics()))
+    began = min([*starts[:1], *times[:1]])
     pauses = []
-    for start in starts[1:]:
-        before = times[times < start]
-        pauses.append((start, start - (before[-1] if len(before) else starts[0])))
+    for start in starts:
+        if start > began:
+            before = times[times < start]
+            pauses.append((start, start - (before[-1] if len(before) else began)))
 
     def clock(line: Line) -> float:
-        return max(0.0, line["time"] - starts[0] - sum(length for start, length in pauses if start <= line["time"]))
+        return max(0.0, line["time"] - began - sum(length for start, length in pauses if start <= line["time"]))
 
     return clock
 

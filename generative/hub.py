@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from oneira.platform.errors import DataError
+from oneira.platform.store import fetch
 
 from .datasets import Arrays, DataConfig, Rows, Split, learn_tokens, square, text_space, token_rows
 from .spaces import Space
@@ -60,27 +61,15 @@ def _files(path: str) -> list[tuple[str, Path]]:
 
 def _fetched(name: str) -> Path:
     """The folder of the hub's Parquet files, fetched now or earlier."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
     if name.count("/") != 1:
         raise DataError(f"'{name}' names no data set of the hub. Say which: --set data.path=OWNER/NAME")
+    failed = f"The data set '{name}' cannot be fetched from the hub"
+    advice = "fetch its Parquet files elsewhere and give their folder: --set data.path=FOLDER"
     folder = Path()
-    try:
-        for revision in ("main", CONVERTED):
-            folder = Path(
-                snapshot_download(
-                    name, repo_type="dataset", revision=revision, allow_patterns="*.parquet", etag_timeout=10
-                )
-            )
-            if any(folder.rglob("*.parquet")):
-                break
-    except (OSError, ValueError, HTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"The data set '{name}' cannot be fetched from the hub ({reason}). Where there is no network, fetch its Parquet "
-            "files elsewhere and give their folder: --set data.path=FOLDER"
-        ) from error
+    for revision in ("main", CONVERTED):
+        folder = fetch(name, failed, advice, repo_type="dataset", revision=revision, allow_patterns="*.parquet")
+        if any(folder.rglob("*.parquet")):
+            break
     return folder
 
 

@@ -18,9 +18,11 @@ from oneira.generative.finding import find_model as find_generative
 from oneira.platform import store
 from oneira.platform.errors import DataError, UsageError, did_you_mean
 
+from .public.folders import PublicFolder, read_json
+from .public.names import INDEX
+
 BUILTIN = Path(__file__).parent / "builtin"
 CLIP_CONFIG = "open_clip_config.json"
-INDEX = "model_index.json"
 MOST_HEADER = 100_000_000  # bytes; what safetensors itself allows
 
 
@@ -112,11 +114,11 @@ def folder_of(name: str) -> Path:
 def kind_of(folder: Path) -> str | None:
     """What a folder holds, by its files' names and its card; None where it is no model."""
     if is_model(folder):
-        return str(_read(folder / CARD).get("kind"))
+        return str(read_json(folder / CARD).get("kind"))
     if (folder / CARD).is_file() and (folder / "decoder").is_dir():
         return "text to image"
     if (folder / INDEX).is_file():
-        return str(_read(folder / INDEX).get("_class_name", "unknown"))
+        return str(read_json(folder / INDEX).get("_class_name", "unknown"))
     return "CLIP" if (folder / CLIP_CONFIG).is_file() else None
 
 
@@ -129,7 +131,6 @@ def _run_model(name: str) -> Path | None:
 
 
 def _check_public(folder: Path) -> None:
-    from .public.folders import PublicFolder
     from .public.loading import FAMILIES
 
     PublicFolder.open(folder, [family for families in FAMILIES.values() for family in families])
@@ -138,18 +139,8 @@ def _check_public(folder: Path) -> None:
 def _card(folder: Path) -> dict[str, Any]:
     for name in (CARD, INDEX, CLIP_CONFIG):
         if (folder / name).is_file():
-            return _read(folder / name)
+            return read_json(folder / name)
     return {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"'{path}' cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"'{path}' must hold a JSON object.")
-    return found
 
 
 def _weights(folder: Path) -> list[Path]:

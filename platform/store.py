@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .errors import DataError, UsageError
 
@@ -99,22 +100,32 @@ def is_read(name: str) -> bool:
 
 
 def _fetch(name: str) -> Path:
+    match = _HUB.fullmatch(name)
+    assert match is not None
+    # Beside a folder for each part, many models hold the same weights once more in one big file, and in half precision.
+    return fetch(
+        match[1], f"There is no folder and no run '{name}', and the hub's model of that name cannot be fetched",
+        "fetch it elsewhere and give its folder", revision=match[2], ignore_patterns=["*.fp16.*", "*.non_ema.*", "*onnx*"],
+        allow_patterns=["*.json", "README.md", "model.safetensors", "open_clip_model.safetensors"]
+        + [f"*/*{kind}" for kind in KINDS],
+    )  # fmt: skip
+
+
+def fetch(name: str, failed: str, advice: str, **settings: Any) -> Path:
+    """The folder of a repository of the hub, fetched now or earlier.
+
+    Args:
+        name: OWNER/NAME. failed, advice: what the error says happened, and what to do where there is no network.
+        settings: of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        DataError: the hub cannot be reached and nothing was fetched before, or it has no such repository.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    match = _HUB.fullmatch(name)
-    assert match is not None
     try:
-        # Beside a folder for each part, many models hold the same weights once more in one big file, and in half precision.
-        folder = snapshot_download(
-            match[1], revision=match[2], etag_timeout=10, ignore_patterns=["*.fp16.*", "*.non_ema.*", "*onnx*"],
-            allow_patterns=["*.json", "README.md", "model.safetensors", "open_clip_model.safetensors"]
-            + [f"*/*{kind}" for kind in KINDS],
-        )  # fmt: skip
+        return Path(snapshot_download(name, etag_timeout=10, **settings))
     except (OSError, ValueError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"There is no folder and no run '{name}', and the hub's model of that name cannot be fetched ({reason}). Where there "
-            "is no network, fetch it elsewhere and give its folder."
-        ) from error
-    return Path(folder)
+        raise DataError(f"{failed} ({reason}). Where there is no network, {advice}.") from error
