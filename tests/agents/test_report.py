@@ -191,6 +191,13 @@ def test_wall_time_leaves_out_pauses(tmp_path: Path) -> None:
     assert [_clock(run)(line) for line in run.metrics()] == pytest.approx([40, 100, 120])
 
 
+def test_lines_older_than_the_first_start_are_counted(tmp_path):
+    """As where stages of another run were copied: the pause before this run's start is none of its work."""
+    run = new_run(tmp_path / "run")
+    write_metrics(run, [{"time": t, "stage": "fit", "step": t} for t in (-500, -440, 10)])
+    assert [_clock(run)(line) for line in run.metrics()] == pytest.approx([0, 60, 70])
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
 def test_a_browser_shows_it(run: Run, tmp_path: Path) -> None:
     """As a browser lays it out: charts, film and picture have a size, and nothing runs out of the window."""
