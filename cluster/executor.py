@@ -26,6 +26,7 @@ from oneira.platform.logs import say
 from .connection import connect
 from .scheduling.actor import find_desk
 from .scheduling.client import ClusterDevice
+from .together import run_together
 from .workers import DONE, UNKNOWN_FUNCTION, Worker
 
 RERUNS = 3  # of a unit whose worker died
@@ -187,6 +188,29 @@ class RayExecutor:
     ) -> Iterator[Tree]:
         """Results in the order of the units. Units that still wait are dropped where the caller stops reading."""
         return self._in_order(deque(self.submit(function, shared, unit, threads=threads) for unit in units))
+
+    def together(self, function: Work, unit: Tree, count: int) -> Tree:
+        """Runs `function(None, unit)` in `count` processes at once, by Ray Train; see `together.run_together`."""
+        self._check_open()
+        check_function(function)
+        name = f"{function.__module__}:{function.__qualname__}"
+        self._functions[name] = function
+        attempts, error = 0, None
+        while attempts <= RERUNS:
+            outcome = run_together(name, self._code.get(name, []), copy_tree(unit, path="unit"), count)
+            if outcome.status == UNKNOWN_FUNCTION:
+                self._code[name] = [_ship(function)]
+                continue
+            self.core_seconds += count * outcome.core_seconds
+            if outcome.said:
+                print(outcome.said, end="", file=sys.stderr, flush=True)
+            if outcome.status == DONE:
+                return copy_tree(outcome.value, path="result")
+            error = _rebuild(*outcome.value)
+            if not outcome.again:
+                raise error
+            attempts += 1
+        raise ClusterError(f"A group of {count} workers ended {attempts} times. The last time: {error}") from error
 
     def close(self) -> None:
         """Ends the actors. Handles without a result raise ClusterError from now on. The connection to Ray stays."""

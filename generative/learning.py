@@ -28,6 +28,7 @@ from oneira.platform.executor import Executor
 from oneira.platform.report import Report
 from oneira.platform.runs import Run
 
+from .parallel import rank_and_size
 from .training import TrainSettings, fit
 
 
@@ -57,7 +58,11 @@ def learn(config: Lesson, run: Run, executor: Executor) -> dict[str, Any]:
     """Does what is missing of a run. Returns its scores, and the seconds that its stages took."""
     if not run.checkpoints.exists("model"):
         with _timed(run, "fit", 0):
-            executor.submit(fit_unit, None, {"run": str(run.path)}, threads=0).result()
+            unit, workers = {"run": str(run.path)}, getattr(config, "workers", 1)
+            if workers > 1:
+                executor.together(fit_unit, unit, workers)
+            else:
+                executor.submit(fit_unit, None, unit, threads=0).result()
     if run.checkpoints.exists("fit"):
         run.checkpoints.delete("fit")
     place = scores_of(run)
@@ -83,7 +88,7 @@ def _timed(run: Run, name: str, step: int) -> Iterator[None]:
 
 
 def fit_unit(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:
-    """Trains the network of a run and keeps it. Unit: run (its path)."""
+    """Trains the network of a run, alone or with the others of its group, and keeps it. Unit: run (its path)."""
     run = Run.open(unit["run"])
     config: Lesson = run.config
     torch.manual_seed(seed_of(config.seed, "weights"))
@@ -94,8 +99,9 @@ def fit_unit(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:
     model = fit(
         model, config.batches(), config.training, checkpoints=run.checkpoints, name="fit", log=log, validate=validate
     )
-    write_folder(run.path / "model", model.save)
-    run.checkpoints.save("model", model.state_dict(), {})
+    if rank_and_size()[0] == 0:
+        write_folder(run.path / "model", model.save)
+        run.checkpoints.save("model", model.state_dict(), {})
     return {}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from oneira.platform.errors import DataError, UsageError
+from oneira.platform.errors import ConfigError, DataError, UsageError
 
 from .classifier import Classifier
 from .datasets import DataConfig, Dataset, Rows, batches, first_rows, load_data
@@ -29,7 +29,8 @@ PICTURED = 500  # test rows that a model's own pictures are made of
 @dataclass(frozen=True, kw_only=True)
 class ModelRun:
     """One generative model on one data set. checks: rows of each score, at most. classifier: a trained run of a classifier of
-    these data, in whose features samples are scored as well; "" = none.
+    these data, in whose features samples are scored as well; "" = none. workers: processes that share each batch and average
+    their gradients, which needs a cluster's executor; 1: one process does it all.
 
     The class of a family's runs, which `run_of` makes, has a field `model` of the family's own `Config` more.
     """
@@ -41,6 +42,13 @@ class ModelRun:
     training: TrainSettings
     checks: int = 2000
     classifier: str = ""
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.training.batch_size % self.workers:
+            raise ConfigError(
+                f"workers is {self.workers}; it must be at least 1 and divide the batch of {self.training.batch_size} rows."
+            )
 
     def smoke(self) -> Any:
         training = smoke_of(self.training)

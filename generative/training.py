@@ -5,6 +5,8 @@
 Batches are a pure function of the step, and the noise of step k comes from a generator seeded by (seed, k). So a step
 depends on nothing but weights, optimizer, EMA and its number: a run that was killed and goes on from its checkpoint
 ends with the same bytes as one that was not (same machine, same number of threads; GPUs in torch's deterministic mode).
+In a group of processes (`parallel`), each learns from its share of every batch, with noise of its own; the first one keeps
+checkpoints and logs.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 from oneira.platform.checkpoints import Checkpoints
 from oneira.platform.devices import Device, device_here, pick_precision
 from oneira.platform.errors import CheckpointError, ConfigError, NumericalError
+
+from .parallel import average, copy_from_first, kept_buffers, rank_and_size, share_of
 
 
 class Trainable(Protocol):
@@ -128,16 +132,19 @@ def fit(
         model.to(memory_format=torch.channels_last)
     if init is not None:
         model.load_state_dict(dict(init))
+    copy_from_first(model.state_dict().values())
     state = _State(model, settings, place)
     if checkpoints is not None and checkpoints.exists(name):
         state.load(*_read(checkpoints, name))
+    if rank_and_size()[0]:
+        checkpoints, log = None, lambda step, **values: None
     with device.lease(bytes=state.num_bytes(), priority="train") as lease:
         for step in range(state.step, settings.steps):
             if state.has_stopped:
                 break
             lease.step()
             try:
-                values = _update(state, _to(batch_at(step), place), place)
+                values = _update(state, _to(share_of(batch_at(step)), place), place)
             except NumericalError:
                 if checkpoints is not None and settings.save_every and state.step:
                     checkpoints.save(name, *state.save(), step=state.step)
@@ -279,6 +286,7 @@ def _update(state: _State, batch: Any, place: torch.device) -> dict[str, Any]:
         with torch.autocast(place.type, torch.bfloat16, enabled=state.precision is torch.bfloat16):
             loss, values = loss_of(batch, _generator(settings.seed, state.step, place))
         loss.backward()
+    loss = average(parameters, loss)
     norm = nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
     if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
         raise NumericalError(
@@ -290,11 +298,12 @@ def _update(state: _State, batch: Any, place: torch.device) -> dict[str, Any]:
         group["lr"] = rate
     state.optimizer.step()
     state.step += 1
+    copy_from_first(kept_buffers(state.model))
     if state.average:
         # Young averages forget faster, or the random first weights would stay in them for 1 / (1 - decay) steps.
         decay = min(settings.ema, (1 + state.step) / (10 + state.step))
         torch._foreach_lerp_(list(state.average.values()), [p.detach() for p in parameters], 1 - decay)
-    return {"loss": loss.detach(), "lr": rate, "grad_norm": norm, **values}
+    return {"loss": loss, "lr": rate, "grad_norm": norm, **values}
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
@@ -308,7 +317,8 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 
 def _generator(seed: int, step: int, place: torch.device) -> torch.Generator:
-    mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+    rank, _ = rank_and_size()
+    mixed = np.random.SeedSequence((seed, step, rank) if rank else (seed, step)).generate_state(1, np.uint64)[0]
     return torch.Generator(place).manual_seed(int(mixed >> np.uint64(1)))
 
 

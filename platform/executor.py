@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from .devices import num_cores
-from .errors import OneiraError
+from .errors import OneiraError, UsageError
 
 # dict (with str keys) / list / tuple of Trees, str, int, float, bool, None, np.ndarray
 Tree = Any
@@ -58,6 +58,16 @@ class Executor(Protocol):
 
     def map(self, function: Work, shared: Any | None, units: Iterable[Tree], *, threads: int = 1) -> Iterator[Tree]:
         """Results in the order of the units."""
+        ...
+
+    def together(self, function: Work, unit: Tree, count: int) -> Tree:
+        """Runs `function(None, unit)` in `count` processes at once, which are one group of torch.distributed.
+
+        Returns what the first of them returned. Where a process dies, all begin again.
+
+        Raises:
+            UsageError: this executor has no such processes.
+        """
         ...
 
     def close(self) -> None: ...
@@ -185,6 +195,9 @@ class SerialExecutor:
     ) -> Iterator[Tree]:
         for handle in [self.submit(function, shared, unit, threads=threads) for unit in units]:
             yield handle.result()
+
+    def together(self, function: Work, unit: Tree, count: int) -> Tree:
+        raise UsageError(f"{count} workers need a cluster: --executor ray (a local one starts by itself).")
 
     def close(self) -> None:
         return None
