@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    model, reader = load_model(given.run), load_classifier(given.classifier)
+    model = load_model(given.run)
+    reader = load_classifier(given.classifier).reading(model.space)
     data = Run.open(given.run).config.dataset()
 
     def features(x):

@@ -34,6 +34,7 @@ from .pixelcnn import logistic_log_prob
 from .spaces import Space, scatter, sheet, visible
 
 OBJECTIVES = ("plain", "denoising")
+CHANGED = (0, 1)  # labels of the pictures that a report shows on their way from one to the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,19 @@ class _Codes(GenerativeModel):
         shown = {name: sheet(visible(rows.cpu(), levels), 8) for name, rows in found.items() if len(rows)}
         points = self.latent_map(batch["x"]).cpu().numpy()
         labels = batch["y"].cpu().numpy() if "y" in batch else None
+        if labels is not None and (changed := self._changed(batch["x"].cpu(), batch["y"].cpu())) is not None:
+            name = f"pictures of label {CHANGED[0]}, and the same with the way in z to label {CHANGED[1]} added, from 0 to 1.5 of it"
+            shown[name] = sheet(visible(changed, levels), 8)
         return shown | {"z of test pictures, a colour a label": scatter(points / points.std() * 1.2, labels=labels)}
+
+    def _changed(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """Pictures of one label a row, on their way to another: attribute arithmetic. None where there are too few."""
+        first, other = (y == label for label in CHANGED)
+        if first.sum() < 4 or other.sum() < 4:
+            return None
+        way = self.attribute(x[first | other], other[first | other])
+        steps = torch.linspace(0, 1.5, 8).to(way)[:, None]
+        return torch.cat([self.decode(self.encode(row[None]) + steps * way) for row in x[first][:4]]).cpu()
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """reconstruction: the root of the mean squared error of pixels in [0, 1]."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oneira.platform.errors import ConfigError, did_you_mean
+from oneira.platform.errors import ConfigError, UsageError, did_you_mean
 
 from .models import GenerativeModel
 from .spaces import Space
@@ -71,6 +71,15 @@ class Classifier(GenerativeModel):
         said = self.last(self.body(x))
         right = (said.argmax(1) == batch["y"]).float().mean()
         return F.cross_entropy(said.float(), batch["y"]), {"accuracy": right.detach()}
+
+    def reading(self, space: Space) -> Classifier:
+        """This classifier, for rows of a space. Raises UsageError where it reads others."""
+        its = self.space
+        if (its.kind, its.shape, its.levels) != (space.kind, space.shape, space.levels):
+            raise UsageError(
+                f"The classifier reads {its.kind} {its.shape} of {its.levels} levels; these are {space.kind} {space.shape}."
+            )
+        return self
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:

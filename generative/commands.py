@@ -48,7 +48,11 @@ def compare(
         Path | None, typer.Option(metavar="FILE.png", help="One picture with a panel of samples for each run, too.")
     ] = None,
     classifier: Annotated[
-        str, typer.Option(metavar="RUN", help="A classifier's run, in whose features samples are scored too.")
+        str,
+        typer.Option(
+            metavar="RUN",
+            help="A classifier's run, or a folder with Inception: samples are scored in its features too.",
+        ),
     ] = "",
     as_json: JSON = False,
 ) -> None:
@@ -58,13 +62,13 @@ def compare(
     with json_on_stdout(as_json) as emit:
         from .comparing import comparison_page, describe_run, panel_of
         from .contact import check_sheet, contact_sheet
-        from .settings import load_classifier
+        from .settings import load_classifier, version_of
 
         if sheet is not None:
             check_sheet(sheet)
         reader = load_classifier(classifier) if classifier else None
         rows = [describe_run(run, reader) for run in runs]
-        print(comparison_page(rows, out, classifier))
+        print(comparison_page(rows, out, f"{classifier} ({version_of(classifier)})" if classifier else ""))
         if sheet is not None:
             print(contact_sheet([panel_of(row) for row in rows], sheet))
         emit({"runs": rows, "page": str(out), "sheet": str(sheet) if sheet else None})

@@ -14,6 +14,7 @@ from oneira.platform.runs import Run
 
 from .classifier import Classifier
 from .datasets import first_rows
+from .inception import Inception
 from .learning import scores_of
 from .models import load_model
 from .scores import SAMPLES, classifier_scores, samples_per_second
@@ -23,7 +24,7 @@ TIMED = 16  # samples
 TEXTS = 3  # texts of a model that are shown
 
 
-def describe_run(name: str, classifier: Classifier | None = None) -> dict[str, Any]:
+def describe_run(name: str, classifier: Classifier | Inception | None = None) -> dict[str, Any]:
     """What the page says of a run: JSON values. With a classifier, what samples score in its features as well.
 
     Raises:

@@ -147,6 +147,14 @@ class GAN(GenerativeModel):
         found = coverage(features_of(true, self.space), features_of(drawn, self.space))
         return {"mode_collapse": float(found < COLLAPSED)}
 
+    def alarms(self, scores: Mapping[str, float]) -> list[str]:
+        if not scores.get("mode_collapse"):
+            return []
+        return [
+            f"Mode collapse: fewer than {COLLAPSED:.0%} of the true rows have a sample near them. Try a lower lr, more critic_steps, "
+            "or objective = 'wgan-gp'."
+        ]
+
 
 class Painter(nn.Module):
     """z [B, Z] -> pictures [B, C, side, side] in [-1, 1]: from 4x4 upwards, each time twice as large."""

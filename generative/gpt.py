@@ -138,13 +138,13 @@ class GPT(TextModel):
         return attention_sheet(self.attention_maps(batch["x"][:1].to(self.device)))
 
 
-def attention_sheet(maps: Tensor) -> dict[str, np.ndarray]:
-    """Attention maps [layers, B, N, L, L] of the first text as a picture, a layer a row."""
+def attention_sheet(maps: Tensor, what: str = "where each place (downwards) looks") -> dict[str, np.ndarray]:
+    """Attention maps [layers, B, N, L, S] of the first text as a picture, a layer a row."""
     first = maps[:, 0].cpu().numpy()
     tiles = (255 * (1 - first / first.max((-1, -2), keepdims=True))).astype(np.uint8)
-    layers, heads, places, _ = tiles.shape
-    grey = tiles.reshape(layers * heads, places, places, 1).repeat(3, -1)
-    return {"where each place (downwards) looks (dark), a layer a row, a head a column": sheet(grey, heads, gap=2)}
+    layers, heads, places, others = tiles.shape
+    grey = tiles.reshape(layers * heads, places, others, 1).repeat(3, -1)
+    return {f"{what} (dark), a layer a row, a head a column": sheet(grey, heads, gap=2)}
 
 
 class Block(nn.Module):

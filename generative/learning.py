@@ -12,7 +12,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -160,10 +160,17 @@ def _logger(run: Run, steps: int, batch_size: int) -> Callable[..., None]:
     return log
 
 
-def lesson_report(run: Run, subtitle: str, pictures: Mapping[str, Any] | None = None) -> Path:
-    """Writes a run's report.html from what it holds by now, with pictures {caption: file or array}, and returns its path."""
+def lesson_report(
+    run: Run, subtitle: str, pictures: Mapping[str, Any] | None = None, alarms: Sequence[str] = ()
+) -> Path:
+    """Writes a run's report.html from what it holds by now, with pictures {caption: file or array} and what is to be warned of.
+
+    Returns its path.
+    """
     page = Report(run.name, f"{run.preset}: {subtitle}")
     page.section("Scores", "On data that was not used in training.")
+    for alarm in alarms:
+        page.text(f"⚠ {alarm}")
     if scores_of(run).exists():
         page.tiles(json.loads(scores_of(run).read_text(encoding="utf-8")))
     else:

@@ -106,6 +106,10 @@ class GenerativeModel(nn.Module, ABC):
         """Scores beyond those that all models have (`scores.score_model`), of test rows batch["x"] and batch["y"]."""
         return {}
 
+    def alarms(self, scores: Mapping[str, float]) -> list[str]:
+        """What a report warns of, a sentence each, of the scores that this model has."""
+        return []
+
     def pictures(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """What a report shows beside samples, of test rows: {caption: uint8 [H, W, 3]}."""
         return {}

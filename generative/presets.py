@@ -95,28 +95,28 @@ def pixelcnn_logistic_digits() -> Any:
 
 
 def lstm_captions() -> Any:
-    return _run(Recurrent, RecurrentConfig(cell="lstm"), CAPTIONS, steps=3000, lr=3e-3, ema=0.99)
+    return _run(Recurrent, RecurrentConfig(cell="lstm"), CAPTIONS, steps=1500, lr=3e-3, ema=0.99)
 
 
 def gru_captions() -> Any:
-    return _run(Recurrent, RecurrentConfig(cell="gru"), CAPTIONS, steps=3000, lr=3e-3, ema=0.99)
+    return _run(Recurrent, RecurrentConfig(cell="gru"), CAPTIONS, steps=1500, lr=3e-3, ema=0.99)
 
 
 def bilstm_captions() -> Any:
-    return _run(Bidirectional, BidirectionalConfig(), CAPTIONS, steps=3000, lr=3e-3, ema=0.99)
+    return _run(Bidirectional, BidirectionalConfig(), CAPTIONS, steps=1500, lr=3e-3, ema=0.99)
 
 
 def gpt_captions() -> Any:
-    return _run(GPT, GPTConfig(positions="rotary"), CAPTIONS, steps=4000, lr=2e-3, warmup=200, ema=0.99)
+    return _run(GPT, GPTConfig(positions="rotary"), CAPTIONS, steps=2000, lr=2e-3, warmup=200, ema=0.99)
 
 
 def encoder_captions() -> Any:
-    return _run(Encoder, EncoderConfig(), CAPTIONS, steps=4000, lr=2e-3, warmup=200, ema=0.99)
+    return _run(Encoder, EncoderConfig(), CAPTIONS, steps=2000, lr=2e-3, warmup=200, ema=0.99)
 
 
 def translator_captions() -> Any:
     data = DataConfig(name="paraphrases", length=48)
-    return _run(Translator, TranslatorConfig(), data, steps=4000, lr=2e-3, warmup=200, ema=0.99)
+    return _run(Translator, TranslatorConfig(), data, steps=2000, lr=2e-3, warmup=200, ema=0.99)
 
 
 # Energy-based models --------------------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ def _gan(config: GANConfig, data: DataConfig, steps: int, beta1: float) -> Any:
 
 
 def dcgan_digits() -> Any:
-    return _gan(GANConfig(objective="dcgan", critic_steps=1), DIGITS, 6000, 0.5)
+    return _gan(GANConfig(objective="dcgan", critic_steps=1), DIGITS, 4000, 0.5)
 
 
 def wgan_digits() -> Any:
-    return _gan(GANConfig(), DIGITS, 10_000, 0.0)
+    return _gan(GANConfig(), DIGITS, 6000, 0.0)
 
 
 def cgan_digits() -> Any:
@@ -177,11 +177,11 @@ def vae_digits() -> Any:
 
 
 def vae_scenes() -> Any:
-    return _run(VAE, VAEConfig(z=32), SCENES, steps=5000, lr=1e-3, ema=0.995)
+    return _run(VAE, VAEConfig(z=32), SCENES, steps=2500, lr=1e-3, ema=0.995)
 
 
 def beta_vae_scenes() -> Any:
-    return _run(VAE, VAEConfig(z=32, beta=4.0), SCENES, steps=5000, lr=1e-3, ema=0.995)
+    return _run(VAE, VAEConfig(z=32, beta=4.0), SCENES, steps=2500, lr=1e-3, ema=0.995)
 
 
 # Diffusion ------------------------------------------------------------------------------------------------------------
@@ -193,11 +193,11 @@ def ddpm_digits() -> Any:
 
 def ddpm_things() -> Any:
     config = DDPMConfig(widths=(32, 64, 96), conditional=True, guidance=2.0)
-    return _run(DDPM, config, THINGS, steps=4000, batch_size=32, lr=2e-3, ema=0.998, channels_last=True)
+    return _run(DDPM, config, THINGS, steps=2500, batch_size=32, lr=2e-3, ema=0.998, channels_last=True)
 
 
 def ncsn_digits() -> Any:
-    return _run(NCSN, NCSNConfig(first=8.0, levels=24), DIGITS, steps=6000, lr=2e-3, ema=0.998)
+    return _run(NCSN, NCSNConfig(first=8.0, levels=24), DIGITS, steps=3000, lr=2e-3, ema=0.998)
 
 
 def ncsn_moons() -> Any:

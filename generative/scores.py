@@ -4,8 +4,8 @@ By likelihood, where a model has `log_prob`: nats of points, bits per dimension 
 By samples, in some space of features: Frechet distance (Heusel et al. 2017), kernel distance (Binkowski et al. 2018, the
 unbiased estimate with the kernel (x.y / d + 1)^3), precision and recall (Kynkaanniemi et al. 2019, k = 3), and coverage
 (Naeem et al. 2020, k = 5). The features are the rows themselves: points, or pixels in [0, 1]. With a classifier that was
-trained here, the same is found in its features once more (`feature_frechet` and so on), and of a conditional model how often
-the classifier sees the label that was asked for (`obeyed`).
+trained here, or Inception where its weights are there, the same is found in its features once more (`feature_frechet` and so
+on), and of a conditional model how often the classifier sees the label that was asked for (`obeyed`).
 
 Legend: N true rows, M samples, D features.
 """
@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oneira.platform.errors import UsageError
-
 from .classifier import Classifier
 from .datasets import Dataset, Rows, first_rows
+from .inception import Inception
 from .models import GenerativeModel
 from .spaces import Space
 
@@ -48,7 +47,7 @@ def mean_nats(model: GenerativeModel, rows: Rows) -> float:
 
 
 def score_model(
-    model: GenerativeModel, dataset: Dataset, checks: int, classifier: Classifier | None = None
+    model: GenerativeModel, dataset: Dataset, checks: int, classifier: Classifier | Inception | None = None
 ) -> dict[str, float]:
     """Every score that the model and its space allow, on at most `checks` rows of the split "test"."""
     rows = first_rows(dataset, "test", checks)
@@ -64,23 +63,19 @@ def score_model(
     return scores
 
 
-def classifier_scores(model: Any, true: np.ndarray, classifier: Classifier) -> dict[str, float]:
-    """The scores by samples in a classifier's features, of as many samples as true rows; and `obeyed`.
+def classifier_scores(model: Any, true: np.ndarray, network: Classifier | Inception) -> dict[str, float]:
+    """The scores by samples in a network's features, of as many samples as true rows; with a classifier of ours also `obeyed`.
 
     Raises:
         UsageError: the classifier reads rows of another shape or number of levels.
     """
-    its, wanted = classifier.space, model.space
-    if (its.kind, its.shape, its.levels) != (wanted.kind, wanted.shape, wanted.levels):
-        raise UsageError(
-            f"The classifier reads {its.kind} {its.shape} of {its.levels} levels; these are {wanted.kind} {wanted.shape}."
-        )
-    is_told = getattr(model.config, "conditional", False)
-    labels = torch.arange(len(true)) % max(1, its.classes)
+    classifier = network.reading(model.space)
+    is_told = getattr(model.config, "conditional", False) and isinstance(classifier, Classifier)
+    labels = torch.arange(len(true)) % max(1, model.space.classes)
     drawn = model.sample(len(true), 0, labels=labels) if is_told else model.sample(len(true), 0)
     features = [classifier.features(torch.as_tensor(x)).cpu().double().numpy() for x in (true, drawn)]
     scores = {f"feature_{key}": value for key, value in sample_scores(*features).items()}
-    if is_told:
+    if is_told and isinstance(classifier, Classifier):
         scores["obeyed"] = float((classifier.predict(drawn).cpu() == labels).float().mean())
     return scores
 

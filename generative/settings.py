@@ -6,6 +6,8 @@ RealNVPRun = run_of(RealNVP)                  # its config class: seed, data, mo
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
@@ -15,8 +17,9 @@ from oneira.platform.errors import ConfigError, DataError, UsageError
 
 from .classifier import Classifier
 from .datasets import DataConfig, Dataset, Rows, batches, first_rows, load_data
-from .finding import CARD
-from .learning import learn, lesson_report, seed_of, smoke_of
+from .finding import CARD, WEIGHTS, find_model
+from .inception import Inception, is_inception
+from .learning import learn, lesson_report, scores_of, seed_of, smoke_of
 from .models import GenerativeModel, load_model
 from .scores import mean_nats, score_model, to_tensors
 from .spaces import write_samples
@@ -59,7 +62,9 @@ class ModelRun:
 
     def report(self, run: Any) -> Path:
         subtitle = f"{self.network.kind} on {self.data.name}"
-        return lesson_report(run, subtitle, report_pictures(run) if (run.path / "model" / CARD).exists() else {})
+        if not (run.path / "model" / CARD).exists():
+            return lesson_report(run, subtitle)
+        return lesson_report(run, subtitle, report_pictures(run), alarms_of(run))
 
     def dataset(self) -> Dataset:
         return _data_of(self.data)
@@ -80,14 +85,22 @@ class ModelRun:
         )
 
 
-def load_classifier(name: str) -> Classifier:
-    """The classifier of a run. Raises UsageError where the name is another model's."""
+def load_classifier(name: str) -> Classifier | Inception:
+    """The classifier of a run, or the Inception in a folder. Raises UsageError where the name is another model's."""
+    if is_inception(name):
+        return Inception(name)
     model = load_model(name)
     if not isinstance(model, Classifier):
         raise UsageError(
             f"'{name}' is a model of kind '{model.kind}'; a classifier is needed, such as a run of cnn-digits."
         )
     return model
+
+
+def version_of(name: str) -> str:
+    """What tells one trained classifier from another: the first digits of its weights' SHA-256."""
+    with ((find_model(name) or Path(name)) / WEIGHTS).open("rb") as file:
+        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
 _data_of = functools.lru_cache(maxsize=2)(load_data)
@@ -111,6 +124,12 @@ def report_pictures(run: Any) -> dict[str, Any]:
     except DataError:  # the user's files are no longer there; the model works without them
         return found
     return found | load_model(run.path).pictures(to_tensors(rows))
+
+
+def alarms_of(run: Any) -> list[str]:
+    """What is to be warned of in a trained run, once it has scores."""
+    place = scores_of(run)
+    return load_model(run.path).alarms(json.loads(place.read_text(encoding="utf-8"))) if place.exists() else []
 
 
 def samples_picture(run: Any) -> Path | None:

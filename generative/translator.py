@@ -1,6 +1,7 @@
 """A transformer encoder-decoder (Vaswani et al. 2017): reads one text, writes another.
 
     model.translate(["a red circle"], seed=0, temperature=0)          # one text for each
+    model.attention_maps(source, tokens)                              # where the writer looks in what it read
 
 Rows have two texts: batch["source"] and batch["x"], both tokens of the same vocabulary. The encoder's blocks see both ways; each
 block of the decoder sees what is written so far and all of the source.
@@ -10,15 +11,18 @@ Legend: B pairs, L places of the target, S of the source, V tokens, W width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .choosing import check_choice, draw, narrowed
-from .gpt import Block, Kept, check_sizes, sines
+from .gpt import Block, Kept, attention_sheet, check_sizes, sines
 from .models import GenerativeModel
 from .spaces import BEGIN, END, PAD, Space
 
@@ -103,6 +107,22 @@ class Translator(GenerativeModel):
         rows = [row[1:] for row in written.tolist()]
         return [reader.decode(row[: row.index(END)] if END in row else row) for row in rows]
 
+    @torch.no_grad()
+    def attention_maps(self, source: Tensor, tokens: Tensor) -> Tensor:
+        """How much each place of tokens int64 [B, L] takes from each of source [B, S]: float32 [layers, B, N, L, S]."""
+        states, seen = self.read(source.to(self.device))
+        x, maps = self._embed(tokens.to(self.device)), []
+        looks: Any = self.looks
+        for look, block in zip(looks, self.writers, strict=True):
+            x = block(x)
+            maps.append(look.weights(x, states, seen))
+            x = look(x, states, seen)
+        return torch.stack(maps)
+
+    def pictures(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        maps = self.attention_maps(batch["source"][:1], batch["x"][:1])
+        return attention_sheet(maps, "where each place of the text (downwards) looks in its source")
+
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         with torch.no_grad():
             return {"perplexity": float(self.loss(batch, self.generator(0))[1]["perplexity"])}
@@ -116,8 +136,17 @@ class Look(nn.Module):
         self.heads, self.norm = heads, nn.LayerNorm(width)
         self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, states: Tensor, seen: Tensor) -> Tensor:
+    def _split(self, x: Tensor, states: Tensor) -> Iterator[Tensor]:
         parts = (self.q(self.norm(x)), *self.kv(states).chunk(2, -1))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+
+    def weights(self, x: Tensor, states: Tensor, seen: Tensor) -> Tensor:
+        """The softmax itself, [B, N, L, S]."""
+        q, k, _ = self._split(x, states)
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[-1])
+        return scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+
+    def forward(self, x: Tensor, states: Tensor, seen: Tensor) -> Tensor:
+        q, k, v = self._split(x, states)
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
         return x + self.out(found.transpose(1, 2).flatten(2))

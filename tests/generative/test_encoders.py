@@ -90,6 +90,10 @@ def test_the_decoder_sees_the_source_and_not_the_future(pairs):
     assert torch.allclose(model.logits(model.read(source), changed)[:, :2], said[:, :2], atol=1e-5)
     assert not torch.allclose(model.logits(model.read(tokens(pairs, "blue dog")), target)[:, 0], said[:, 0], atol=1e-4)
     short = source[:, : int((source != PAD).sum())]
+    maps = model.attention_maps(source, target[:, :5])
+    assert maps.shape == (2, 1, 2, 5, 8) and maps[..., short.shape[1] :].abs().max() == 0
+    assert torch.allclose(maps.sum(-1), torch.ones(2, 1, 2, 5), atol=1e-5)
+    assert not torch.allclose(maps[0], maps[1], atol=1e-4) and model.pictures({"source": source, "x": target})
     assert torch.allclose(model.logits(model.read(short), target), said, atol=1e-5), "padding of the source is not seen"
 
 

@@ -108,6 +108,7 @@ def test_collapse_is_seen(bars, digits):
     model = GAN(GANConfig(width=4), digits.space).eval()
     nn.init.zeros_(model.painter.body[-2].weight)  # paints one picture only
     assert model.own_scores(rows(digits, 200))["mode_collapse"] == 1.0
+    assert "Mode collapse" in model.alarms({"mode_collapse": 1.0})[0] and not model.alarms({"mode_collapse": 0.0})
     model.sample = lambda n, seed: rows(digits, n, "train")["x"]
     assert model.own_scores(rows(digits, 200))["mode_collapse"] == 0.0
     with pytest.raises(UsageError, match="without labels"):
@@ -168,7 +169,7 @@ def test_codes_can_be_changed(vae, bars):
 
 def test_what_reports_show(vae, ddpm, bars):
     batch = rows(bars, 40)
-    for model, count in ((vae, 4), (ddpm, 2)):
+    for model, count in ((vae, 5), (ddpm, 2)):
         shown = model.pictures(batch)
         assert len(shown) == count and all(page.dtype == np.uint8 and page.shape[2] == 3 for page in shown.values())
     pairs = vae.pictures(batch)["true pictures, and what is left of them in z"]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.datasets import Arrays
@@ -22,8 +23,9 @@ from oneira.generative.scores import (
     sample_scores,
     score_model,
 )
+from oneira.generative.settings import load_classifier
 from oneira.generative.spaces import Space
-from oneira.platform.errors import UsageError
+from oneira.platform.errors import ConfigError, DataError, UsageError
 
 RNG = np.random.default_rng(0)
 
@@ -122,3 +124,30 @@ def test_likelihoods_in_their_customary_units():
     assert score_model(Fair(None, pictures), data, 10) == {"bits_per_dim": pytest.approx(4)}, (
         "it cannot be sampled from"
     )
+
+
+def test_inception_where_its_weights_are_there(tmp_path):
+    from torchvision.models import Inception3
+
+    (tmp_path / "config.json").write_text('{"architecture": "inception_v3"}')
+    with pytest.raises(DataError, match="cannot be read"):
+        load_classifier(str(tmp_path))
+    torch.manual_seed(0)
+    theirs = Inception3(transform_input=False, init_weights=False).eval()  # with the head that training has
+    weights = {key: value.contiguous() for key, value in theirs.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    reader = load_classifier(str(tmp_path))
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 299, 299, 3)).astype(np.uint8))
+    theirs.fc = torch.nn.Identity()
+    with torch.no_grad():
+        wanted = theirs(x.permute(0, 3, 1, 2) / 127.5 - 1)
+    found = reader.reading(Space(kind="pictures", shape=(299, 299, 3), levels=256)).features(x)
+    assert found.shape == (2, 2048) and torch.allclose(found, wanted, atol=1e-4)
+    small = reader.reading(Space(kind="pictures", shape=(8, 8, 1), levels=17))
+    assert small.features(torch.zeros(1, 8, 8, 1, dtype=torch.uint8)).shape == (1, 2048)
+    with pytest.raises(ConfigError):
+        reader.reading(Space(kind="points", shape=(2,)))
+    del weights["Mixed_5b.branch1x1.conv.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="other weights"):
+        load_classifier(str(tmp_path))
