@@ -55,6 +55,12 @@ def join(rank, place):
     )
 
 
+def leave():
+    """Together, so that none is gone while another still speaks to it."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def work(rank, folder):
     """What each of the two processes does, one experiment after another."""
     join(rank, folder / "meet")
@@ -67,7 +73,7 @@ def work(rank, folder):
     with suppress(KeyboardInterrupt):
         fit(Line(True), stopping, SETTINGS, checkpoints=kept)
     save_file(found, folder / f"first-{rank}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 def resume(rank, folder):
@@ -86,7 +92,7 @@ def resume(rank, folder):
         found["refused"] = torch.ones(1)
     found["whole"] = torch.from_numpy(share_of({"x": ROWS[0]})["x"])
     save_file(found, folder / f"second-{rank}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
