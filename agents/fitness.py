@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from oneira.platform.devices import device_here
+
 from .controller import Controller, squash
 from .environments import make_world
 from .worldmodel import Senses, dream_model, unpack
@@ -57,20 +59,22 @@ def real_unit(shared: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
     senses = Senses(model, batch.num_envs)
     returns = np.zeros(batch.num_envs)
     rows, frames, steps = np.arange(batch.num_envs), batch.reset(), 0
-    for _ in range(unit["max_steps"]):
-        actions = policy.act(senses.see(frames), rows)
-        frames, rewards, terminated, truncated = batch.step(actions, rows)
-        senses.remember(actions, rewards)
-        returns[rows] += rewards
-        steps += len(rows)
-        over = terminated | truncated
-        if unit["stuck"]:
-            over |= batch.steps_since_tile[rows] >= unit["stuck"]
-        if over.any():
-            rows, frames = rows[~over], frames[~over]
-            senses.keep(~over)
-            if not len(rows):
-                break
+    with device_here("cpu").lease(priority="train") as lease:
+        for _ in range(unit["max_steps"]):
+            lease.step()
+            actions = policy.act(senses.see(frames), rows)
+            frames, rewards, terminated, truncated = batch.step(actions, rows)
+            senses.remember(actions, rewards)
+            returns[rows] += rewards
+            steps += len(rows)
+            over = terminated | truncated
+            if unit["stuck"]:
+                over |= batch.steps_since_tile[rows] >= unit["stuck"]
+            if over.any():
+                rows, frames = rows[~over], frames[~over]
+                senses.keep(~over)
+                if not len(rows):
+                    break
     return {"returns": returns.reshape(len(params), count), "env_steps": steps}
 
 
@@ -93,13 +97,16 @@ def dream_unit(shared: dict[str, Any], unit: dict[str, Any]) -> dict[str, Any]:
     starts = {name: np.asarray(value)[picked] for name, value in pool.items()}
     controller = Controller(model.controller)
 
-    def policy(features_KRF: torch.Tensor) -> torch.Tensor:
-        return controller.act(params, features_KRF)
+    with device_here("cpu").lease(priority="dream") as lease:
 
-    dreams = dream_model(model).rollout(
-        starts, policy, unit["horizon"], unit["tau"], unit["seed"], candidates=len(params),
-        stuck=unit["stuck"], with_cell=model.controller.features == "zch",
-    )  # fmt: skip
+        def policy(features_KRF: torch.Tensor) -> torch.Tensor:
+            lease.step()  # it is called once a step
+            return controller.act(params, features_KRF)
+
+        dreams = dream_model(model).rollout(
+            starts, policy, unit["horizon"], unit["tau"], unit["seed"], candidates=len(params),
+            stuck=unit["stuck"], with_cell=model.controller.features == "zch",
+        )  # fmt: skip
     returns = dreams.lengths if make_world(model.world).survival else dreams.returns
     returns = returns - unit["lost_cost"] * dreams.lost
     return {"returns": returns.astype(np.float64), "env_steps": int(dreams.lengths.sum())}

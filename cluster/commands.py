@@ -125,6 +125,10 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     address: Annotated[str | None, typer.Option(metavar="ADDR", help="The Ray cluster to join.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="The clients' key; else ONEIRA_API_KEY.")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(metavar="GB", min=1e-6, help="Of a device, for models and work; by default most of it."),
+    ] = None,
     loader: Annotated[str | None, typer.Option(metavar="MODULE:FUNCTION", help="Who loads the models.")] = None,
     replicas: Annotated[int, typer.Option(metavar="N", help="Of each stage, where they are apart (split).")] = 1,
 ) -> None:
@@ -139,6 +143,7 @@ def serve(
     signal.signal(signal.SIGTERM, interrupt)
     signal.signal(signal.SIGINT, interrupt)
     settings: dict[str, Any] = {"layout": layout, "host": host, "port": port, "address": address, "replicas": replicas}
+    settings["memory"] = int((memory or 0) * 1e9)
     key = read_key(key_file)
     try:
         models = model or ["builtin"]

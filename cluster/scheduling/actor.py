@@ -17,12 +17,13 @@ from dataclasses import asdict
 from typing import Any
 
 from ..connection import NAMESPACE
-from .leases import Lease
+from .leases import Drop, Lease, Move
 from .scheduler import Scheduler
 
 NAME = "device-scheduler"
 LISTEN_SECONDS = 1.0  # one call of `listen` at most
 TICK_SECONDS = 0.25
+MOVE_SECONDS = 10.0  # for models to leave where memory was short
 REJOIN_SECONDS = 2.5  # after a restart
 SILENCE_SECONDS = 4.0  # of a client on another machine, after which it is dead; on this one its process is looked for
 
@@ -44,9 +45,11 @@ class Desk:
         self._ticking: asyncio.Task | None = None
 
     async def join(
-        self, client: Mapping[str, Any], devices: Sequence[Mapping[str, Any]], leases: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """A process says who it is, which devices its machine has, and which leases it has or waits for."""
+        self, client: Mapping[str, Any], devices: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]],
+        leases: Sequence[Mapping[str, Any]],
+    ) -> None:  # fmt: skip
+        """A process says who it is, which devices its machine has, which models of its own are on them, and which leases it
+        has or waits for."""
         if self._ticking is None:
             self._ticking = asyncio.create_task(self._tick())
         name = client["id"]
@@ -55,6 +58,10 @@ class Desk:
         self._rings.setdefault(name, asyncio.Event())
         for device in devices:
             self.scheduler.add_device(**device)
+        for model in models:
+            self.scheduler.add_model(model["model"], model["bytes"])
+            if model["here"]:
+                self.scheduler.announce(name, model["model"], model["bytes"], model["device"])
         for held in leases:
             self._take_back(name, held)
         self._post()
@@ -65,7 +72,7 @@ class Desk:
         if held["state"] != "waiting":
             now = self.scheduler.clock()
             lease = Lease(
-                0, client, held["priority"], now, held["device"], None, 1, held["bytes"], held["slots"],
+                0, client, held["priority"], now, held["device"], held["model"], 1, held["bytes"], held["slots"],
                 turn=now, named=True, state=held["state"], granted=now, began=now,
             )  # fmt: skip
             id = self.scheduler.adopt(lease)
@@ -73,7 +80,9 @@ class Desk:
                 self._know(client, held["number"], id)
                 return
             self._mail[client].append({"kind": "Wanted", "number": held["number"], "pause": True})
-        self._ask(client, held["number"], held["priority"], held["device"], held["bytes"], held["slots"], None)
+        self._ask(
+            client, held["number"], held["priority"], held["device"], held["bytes"], held["slots"], held["model"], None
+        )
 
     async def listen(self, client: str, steps: Mapping[int, float]) -> list[dict[str, Any]] | None:
         """What there is to tell a client, as soon as there is something; at the latest after a second. None: who is that?
@@ -104,18 +113,22 @@ class Desk:
             self._post()
 
     async def ask(
-        self, client: str, number: int, priority: Any, device: str, bytes: int, slots: int, deadline: float | None
-    ) -> None:
+        self, client: str, number: int, priority: Any, device: str, bytes: int, slots: int, model: str | None,
+        deadline: float | None,
+    ) -> None:  # fmt: skip
         """As `Scheduler.ask`; what comes of it is heard."""
         if client in self._clients and (client, number) not in self._ids:
-            self._ask(client, number, priority, device, bytes, slots, deadline)
+            self._ask(client, number, priority, device, bytes, slots, model, deadline)
             self._post()
 
     def _ask(
-        self, client: str, number: int, priority: Any, device: str, bytes: int, slots: int, deadline: float | None
-    ) -> None:
+        self, client: str, number: int, priority: Any, device: str, bytes: int, slots: int, model: str | None,
+        deadline: float | None,
+    ) -> None:  # fmt: skip
         events_before = self.scheduler.events()
-        id = self.scheduler.ask(client, priority, device=device, bytes=bytes, slots=slots, deadline=deadline)
+        id = self.scheduler.ask(
+            client, priority, device=device, model=model, bytes=bytes, slots=slots, deadline=deadline
+        )
         self._know(client, number, id)
         self._post(events_before)
 
@@ -130,6 +143,35 @@ class Desk:
         """The lease's loop has stopped between two steps."""
         self.scheduler.pause(self._ids.get((client, number), 0))
         self._post()
+
+    async def add_model(self, name: str, bytes: int) -> None:
+        """As `Scheduler.add_model`."""
+        self.scheduler.add_model(name, bytes)
+
+    async def limit(self, client: str, device: str, memory: int) -> None:
+        """As `Scheduler.limit`."""
+        if client in self._clients:
+            self.scheduler.limit(client, device, memory)
+
+    async def moved(self, model: str, device: str) -> None:
+        """A model is off a device, as it was told to be."""
+        self.scheduler.moved(model, device)
+        self._post()
+
+    async def loaded(self, client: str, number: int, seconds: float, state: Any) -> None:
+        """As `Scheduler.loaded`."""
+        self.scheduler.loaded(self._ids.get((client, number), 0), seconds, state)
+
+    async def out_of_memory(self, client: str, number: int) -> bool:
+        """As `Scheduler.out_of_memory`; answers when the models are gone that were sent away, or do not go."""
+        lease = self.scheduler.leases.get(self._ids.get((client, number), 0))
+        if lease is None or not self.scheduler.out_of_memory(lease.id):
+            return False
+        self._post()
+        residents, end = self.scheduler.places[lease.device].ledger.residents, time.monotonic() + MOVE_SECONDS
+        while any(resident.leaving for resident in residents.values()) and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return True
 
     async def cancel(self, id: int) -> bool:
         """Takes back the lease that `report` shows under this number. False where there is none."""
@@ -148,7 +190,11 @@ class Desk:
     def _post(self, before: Sequence[Any] = ()) -> None:
         """Puts events into the mail of those whom they are for."""
         for event in [*before, *self.scheduler.events()]:
-            if event.client in self._mail and getattr(event, "lease", 0) in self._numbers:
+            if isinstance(event, (Move, Drop)):
+                if event.client in self._mail:
+                    self._mail[event.client].append({"kind": type(event).__name__, **asdict(event)})
+                    self._rings[event.client].set()
+            elif event.client in self._mail and event.lease in self._numbers:
                 letter = {"kind": type(event).__name__, "number": self._numbers[event.lease], **asdict(event)}
                 self._mail[event.client].append(letter)
                 self._rings[event.client].set()

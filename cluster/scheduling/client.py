@@ -20,8 +20,9 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneira.platform.devices import Priority, check_priority, num_cores, pick_device
@@ -33,6 +34,7 @@ from .actor import find_desk
 if TYPE_CHECKING:
     import torch
 
+ROOM_SECONDS = 20.0  # for which a model waits for room on a device
 LINGER_SECONDS = 2.0  # for which a lease stays after its block
 USABLE = 0.9  # of a device's memory
 CLOSE_SECONDS = 3.0  # for the listener to end
@@ -57,6 +59,7 @@ class ClusterLease:
         self.in_use = True
         self.recalled = self.cancelled = False
         self.refused: dict[str, Any] | None = None
+        self.load = False  # its model is to be brought to the device
         self.left = 0.0  # when its last block ended
         self.step_seconds = 0.0
         self._session, self._stepped = session, 0.0
@@ -83,17 +86,19 @@ class ClusterLease:
             raise Interrupted("The lease of the device was cancelled.")
         self._stepped = 0.0
 
-    def wait(self) -> None:
-        """Until it is granted, refused or cancelled."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until it is granted, refused or cancelled, or so many seconds have gone by."""
+        end = None if seconds is None else time.monotonic() + seconds
         while not (self.state == "running" or self.cancelled or self.refused):
-            self._news.wait()
+            if not self._news.wait(None if end is None else max(0.0, end - time.monotonic())):
+                return
             self._news.clear()
 
     def hear(self, letter: dict[str, Any]) -> None:
         """In the listener's thread."""
         kind = letter["kind"]
         if kind == "Granted":
-            self.state, self.recalled = "running", False
+            self.state, self.recalled, self.load = "running", False, letter["load"] is not None
         elif kind == "Wanted":
             self.recalled = True
             self._attention = self._attention or letter["pause"]
@@ -121,6 +126,8 @@ class _Session:
         self.devices = _devices(self.host)
         self._numbers = itertools.count(1)
         self._leases: dict[int, ClusterLease] = {}
+        self._models: dict[str, _Model] = {}
+        self._limits: dict[str, int] = {}
         self._lock = threading.Lock()
         self._join()
         self._closed = False
@@ -158,6 +165,48 @@ class _Session:
             self.give_back(lease)
             raise Interrupted("The lease of the device was cancelled.")
         return lease
+
+    def keep(self, model: str, device: str) -> ClusterLease:
+        """A lease, new each time, for which a model stays on a device. Raises Busy, ClusterError, Interrupted."""
+        fields = {"priority": "interactive", "device": device, "bytes": 0, "slots": 0, "model": model}
+        with self._lock:
+            lease = ClusterLease(self, next(self._numbers), fields)
+            self._leases[lease.number] = lease
+        self.desk.ask.remote(self.id, lease.number, *fields.values(), None)
+        lease.wait(ROOM_SECONDS)
+        if lease.state == "running":
+            return lease
+        self.give_back(lease)
+        if lease.cancelled:
+            raise Interrupted("The lease of the device was cancelled.")
+        if lease.refused is not None:
+            raise ClusterError(f"There is no room for model '{model}': {lease.refused['why']}.")
+        raise Busy(f"there was no room for model '{model}' in {ROOM_SECONDS:.0f} s", ROOM_SECONDS)
+
+    def add_model(self, model: _Model) -> None:
+        self._models[model.name] = model
+        self.desk.add_model.remote(model.name, model.bytes)
+
+    def loaded(self, lease: ClusterLease, seconds: float, state: str) -> None:
+        self._models[lease.fields["model"]].here = True
+        self.desk.loaded.remote(self.id, lease.number, seconds, state)
+
+    def out_of_memory(self, lease: ClusterLease) -> bool:
+        import ray
+
+        return ray.get(self.desk.out_of_memory.remote(self.id, lease.number))
+
+    def limit(self, device: str, memory: int) -> None:
+        self._limits[device] = memory
+        self.desk.limit.remote(self.id, device, memory)
+
+    def _send_away(self, letter: dict[str, Any]) -> None:
+        """Somebody else needs a model's room."""
+        model = self._models[letter["model"]]
+        model.leave(letter.get("to", "cold"))
+        model.here = False
+        if letter["kind"] == "Move":
+            self.desk.moved.remote(letter["model"], letter["device"])
 
     def leave(self, lease: ClusterLease) -> None:
         """Its block ended. It stays where nobody waits."""
@@ -201,8 +250,9 @@ class _Session:
             except (Exception, SystemExit):  # the connection to Ray was closed
                 return
             for letter in mail or ():
-                lease = self._leases.get(letter["number"])
-                if lease is not None:
+                if letter["kind"] in ("Move", "Drop"):
+                    self._send_away(letter)
+                elif (lease := self._leases.get(letter["number"])) is not None:
                     lease.hear(letter)
             self._tidy()
 
@@ -221,9 +271,25 @@ class _Session:
     def _join(self) -> None:
         import ray
 
-        ray.get(
-            self.desk.join.remote(self.about, self.devices, [lease.held() for lease in list(self._leases.values())])
-        )
+        models = [model.about() for model in list(self._models.values())]
+        leases = [lease.held() for lease in list(self._leases.values())]
+        ray.get(self.desk.join.remote(self.about, self.devices, models, leases))
+        for device, memory in self._limits.items():
+            self.desk.limit.remote(self.id, device, memory)
+
+
+@dataclass
+class _Model:
+    """A model of this process. `leave`: called with "warm" or "cold", in the listener's thread, takes it off the device."""
+
+    name: str
+    bytes: int
+    device: str
+    leave: Callable[[str], None]
+    here: bool = False
+
+    def about(self) -> dict[str, Any]:
+        return {"model": self.name, "bytes": self.bytes, "device": self.device, "here": self.here}
 
 
 _sessions: dict[int, _Session] = {}
@@ -245,8 +311,9 @@ def _devices(host: str) -> list[dict[str, Any]]:
 
     memory = psutil.virtual_memory().total
     cpu = {"name": f"{host}/cpu", "memory": int(USABLE * memory), "slots": num_cores(), "kind": "cpu"}
-    found = [{**cpu, "node": host, "host": memory // 4}]
     place = pick_device()
+    warm = memory // 4 if place.type != "cpu" else 0  # where the device is the CPU, its memory is the host's
+    found = [{**cpu, "node": host, "host": warm}]
     if place.type == "cuda":
         import torch
 
@@ -281,12 +348,53 @@ class ClusterDevice:
             Interrupted: it was cancelled.
         """
         check_priority(priority)
-        session, place = _session(), self.torch_device
-        kind = f"{place.type}:{place.index or 0}" if place.type == "cuda" else place.type
-        slots = (self.cores or num_cores()) if kind == "cpu" else 1
-        fields = {"priority": priority, "device": f"{session.host}/{kind}", "bytes": bytes, "slots": slots}
+        session = _session()
+        slots = (self.cores or num_cores()) if self.torch_device.type == "cpu" else 1
+        fields = {"priority": priority, "device": self._name, "bytes": bytes, "slots": slots, "model": None}
         lease = session.take(fields, deadline)
         try:
             yield lease
         finally:
             session.leave(lease)
+
+    # Models in its memory; see `Memory` in cluster/serving/residency.py
+
+    @property
+    def _name(self) -> str:
+        place = self.torch_device
+        kind = f"{place.type}:{place.index or 0}" if place.type == "cuda" else place.type
+        return f"{_session().host}/{kind}"
+
+    def limit(self, memory: int) -> None:
+        """The scheduler gives so many bytes of this device from now on, to all of the cluster together."""
+        _session().limit(self._name, memory)
+
+    def add_model(self, model: str, bytes: int, leave: Callable[[str], None]) -> None:
+        """Makes a model of this process known. `leave`: called with "warm" or "cold" when it is to go, in another thread."""
+        _session().add_model(_Model(_of_this_process(model), bytes, self._name, leave))
+
+    def keep(self, model: str) -> ClusterLease:
+        """Waits for room for a model, which stays on the device until `let_go`. Where the lease's `load` is True, whoever asked
+        brings it there and then says `loaded`.
+
+        Raises:
+            Busy: there was no room for some time. ClusterError: there never will be. Interrupted: the lease was cancelled.
+        """
+        return _session().keep(_of_this_process(model), self._name)
+
+    def let_go(self, lease: ClusterLease) -> None:
+        """Others may have the model's room now."""
+        _session().give_back(lease)
+
+    def loaded(self, lease: ClusterLease, seconds: float, state: str) -> None:
+        """The lease's model is on the device now, which took so long from "warm" or "cold"."""
+        _session().loaded(lease, seconds, state)
+
+    def out_of_memory(self, lease: ClusterLease) -> bool:
+        """The device had less room than its books say. True: what nobody uses has been sent away, try once more."""
+        return _session().out_of_memory(lease)
+
+
+def _of_this_process(model: str) -> str:
+    """The name of this process's copy of a model in the books."""
+    return f"{model}@{os.getpid()}"

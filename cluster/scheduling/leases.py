@@ -171,18 +171,27 @@ class Move:
     to: Literal["warm", "cold"]
 
 
-Event = Granted | Wanted | Refused | Cancelled | Move
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A WARM model gives way in its node's memory: its owner forgets it."""
+
+    model: str
+    client: str
+
+
+Event = Granted | Wanted | Refused | Cancelled | Move | Drop
 
 
 @dataclass(slots=True)
 class Model:
     """A model that may be asked for. `devices`: where it is HOT. `coming`: the lease that brings it to one more.
 
-    again: when bringing it may be thought of next.
+    owner: the client that had it last. again: when bringing it may be thought of next.
     """
 
     name: str
     bytes: int
     devices: set[str] = field(default_factory=set)
     coming: int = 0
+    owner: str = ""
     again: float = 0.0

@@ -20,16 +20,27 @@ LOOKED_AT = 4  # devices free first, of which the one that gives up least is tak
 class Place:
     """One device: its books, those that run, those that wait."""
 
-    __slots__ = ("ended", "host", "kind", "ledger", "line", "name", "node", "running", "step", "using", "wanted")
+    __slots__ = (
+        "_limits", "_memory", "ended", "host", "kind", "ledger", "line", "name", "node", "running", "step", "using", "wanted",
+    )  # fmt: skip
 
     def __init__(self, name: str, memory: int, slots: int, node: str, host: Host, kind: str = "cpu") -> None:
         self.name, self.node, self.host, self.kind = name, node, host, kind
         self.ledger, self.line = Ledger(memory, slots), Line()
+        self._memory, self._limits = memory, dict[str, int]()
         self.running: dict[int, Lease] = {}
         self.using: dict[str, int] = {}  # by model: leases that run or are paused
         self.wanted: dict[str, int] = {}  # by model: all leases
         self.step = 0.0  # seconds of a step of those that can pause, as measured
         self.ended = 0.0  # when it last did something
+
+    def limit(self, client: str, memory: int | None) -> bool:
+        """A client's limit of the device's bytes, or None for none. The lowest counts. Whether it had one before."""
+        before = self._limits.pop(client, None)
+        if memory is not None:
+            self._limits[client] = memory
+        self.ledger.memory = min([self._memory, *self._limits.values()])
+        return before is not None
 
     def until(self) -> float:
         """When all that is known to be ahead is done; in the past where nothing is."""

@@ -3,7 +3,7 @@
     scheduler = Scheduler(clock)
     scheduler.add_device("gpu0", memory=80 << 30, slots=1)
     lease = scheduler.ask("client", "interactive", device="gpu0", bytes=1 << 30)
-    for event in scheduler.events(): ...        # Granted, Wanted, Refused, Cancelled, Move: for the clients named in them
+    for event in scheduler.events(): ...        # Granted, Wanted, Refused, Cancelled, Move, Drop: for the clients named in them
 
 Every call may decide something; what was decided are the events. A device is never given more than once: bytes and slots
 are booked before a lease is granted, and booked out only when its client says that it has stopped.
@@ -20,7 +20,7 @@ from typing import Any
 from oneira.platform.devices import PRIORITIES, Priority, check_priority
 from oneira.platform.errors import UsageError, did_you_mean
 
-from .leases import CAN_WAIT, QUANTUM, Cancelled, Event, Granted, Lease, Model, Move, Refused, Wanted
+from .leases import CAN_WAIT, QUANTUM, Cancelled, Drop, Event, Granted, Lease, Model, Move, Refused, Wanted
 from .ledger import Working
 from .placing import LOOKED_AT, Place, Soonest
 from .residency import Demand, Host, Restoring, State, cheapest
@@ -97,6 +97,10 @@ class Scheduler:
         self._arrive(place, self.models[model], client)
         return True
 
+    def limit(self, client: str, device: str, memory: int) -> None:
+        """A device gives so many bytes at most, for as long as the client lives; what is there stays until its room is asked for."""
+        self.places[device].limit(client, memory)
+
     def moved(self, model: str, device: str) -> None:
         """Its owner says that a model is off the device."""
         place = self.places[device]
@@ -114,7 +118,7 @@ class Scheduler:
 
         Args:
             client: who asks. model: that is to be resident. rows: of its batch, from which working memory is known.
-            bytes: of working memory, where it is more than was measured. seconds: that it will take; None: as before.
+            bytes: of working memory, where it is more than was measured. slots: of time; 0 keeps a model where it is, and no more. seconds: that it will take; None: as before.
             deadline: seconds from now; see `Lease`.
 
         Returns:
@@ -167,7 +171,13 @@ class Scheduler:
         if lease is None:
             return
         place, now = self.places[lease.device], self.clock()
-        if lease.state == "running" and lease.model is not None and not lease.yielding and lease.seconds:
+        if (
+            lease.state == "running"
+            and lease.model is not None
+            and lease.slots
+            and not lease.yielding
+            and lease.seconds
+        ):
             took, key = now - lease.granted - lease.restore, (lease.model, lease.rows)
             self._took[key] = self._took.get(key, took) + SMOOTHING * (took - self._took.get(key, took))
         self._end(place, lease, now)
@@ -215,7 +225,7 @@ class Scheduler:
             owned = [name for name, resident in place.ledger.residents.items() if resident.owner == client]
             for name in owned:
                 self._leave(place, name, to="cold")
-            if owned or place in touched:
+            if place.limit(client, None) or owned or place in touched:
                 self._advance(place)
 
     def adopt(self, lease: Lease) -> int:
@@ -419,7 +429,8 @@ class Scheduler:
 
     def _make_time(self, place: Place, lease: Lease, now: float) -> bool:
         """Tells those that run to give way. True where that will do."""
-        giving = [other for other in place.running.values() if other.yielding or other.gives_way_to(lease, now)]
+        running = [other for other in place.running.values() if other.slots]
+        giving = [other for other in running if other.yielding or other.gives_way_to(lease, now)]
         short = lease.slots - place.ledger.slots_free
         enough = sum(other.slots for other in giving) >= short
         for other in sorted(giving, key=lambda other: (not other.yielding, -other.standing(now))) if enough else ():
@@ -429,10 +440,7 @@ class Scheduler:
             if not other.yielding:
                 other.yielding = other.recalled = True
                 self._events.append(Wanted(other.id, other.client, pause=True))
-        for other in place.running.values():
-            if not other.recalled:
-                other.recalled = True
-                self._events.append(Wanted(other.id, other.client, pause=False))
+        self._recall(running)
         return enough
 
     def _make_room(self, place: Place, lease: Lease, short: int, now: float) -> bool:
@@ -445,11 +453,15 @@ class Scheduler:
                 for name in going:
                     self._send_away(place, name)
                 return True
-        for other in place.running.values():
-            if not other.recalled:
-                other.recalled = True
-                self._events.append(Wanted(other.id, other.client, pause=False))
+        self._recall(list(place.running.values()))
         return False
+
+    def _recall(self, leases: list[Lease]) -> None:
+        """Tells them, once, that somebody waits for what they have."""
+        for lease in leases:
+            if not lease.recalled:
+                lease.recalled = True
+                self._events.append(Wanted(lease.id, lease.client, pause=False))
 
     def _would_fit(self, place: Place, lease: Lease, short: int) -> bool:
         """Whether there would be room for it, had nobody begun since its turn came: then nobody else begins now."""
@@ -469,7 +481,9 @@ class Scheduler:
         now, host = self.clock(), place.host
         own = self.models[model].bytes
         costs = [(name, size, self._cold_cost(name, size, now)) for name, size in host.models.items()]
-        return host.keep(model, own, costs, self._cold_cost(model, own, now)) is not None
+        gone = host.keep(model, own, costs, self._cold_cost(model, own, now))
+        self._events += [Drop(name, self.models[name].owner) for name in gone or ()]
+        return gone is not None
 
     def _cold_cost(self, model: str, bytes: int, now: float) -> float:
         more = self.restoring.seconds(model, "cold", bytes) - self.restoring.seconds(model, "warm", bytes)
@@ -522,7 +536,9 @@ class Scheduler:
 
     def _arrive(self, place: Place, model: Model, owner: str) -> None:
         place.ledger.put(model.name, model.bytes, owner)
+        place.host.forget(model.name)
         model.devices.add(place.name)
+        model.owner = owner
         self._hot[model.name].put(place.name, place.until())
 
     def _leave(self, place: Place, model: str, to: State | None = None) -> None:

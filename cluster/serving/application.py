@@ -22,7 +22,8 @@ from oneira.platform.errors import ClusterError, DataError
 from ..scheduling.client import ClusterDevice
 from .engine import Engine, Stopping, Work
 from .line import Line
-from .models import kind_of, load_models, needed_kinds
+from .models import KINDS, kind_of, needed_kinds
+from .residency import Residents
 from .service import Request, Service
 
 Layout = Literal["fused", "split"]
@@ -32,6 +33,7 @@ STOP_SECONDS = 30.0  # for requests under way at a replica that stops
 HEALTH_SECONDS = 2.0  # between two looks at a replica
 FROZEN_SECONDS = 10.0  # for its answer; Serve replaces it after three looks in a row without one
 RETRIES = 2  # of a stage whose replica died: it gives the same wherever it runs
+STATES = ("hot", "warm", "cold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Serving:
         models: names, as the loader takes them. loader: see `models.load_models`. key: see `web.make_app`.
         rows: pictures under way at once. queue: pictures that may wait.
         replicas: of each kind of stage at least, in the layout "split".
+        memory: bytes of a device that models and work may use; 0: most of it.
     """
 
     models: Sequence[str]
@@ -50,6 +53,7 @@ class Serving:
     rows: int = 16
     queue: int = 64
     replicas: int = 1
+    memory: int = 0
 
 
 def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Application:
@@ -76,6 +80,14 @@ def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Appli
     return ingress.bind(serving, hosts)
 
 
+def _engine(serving: Serving, kinds: Sequence[str] = KINDS) -> Engine:
+    """The engine of this process's stages, on the device that the cluster's scheduler shares out."""
+    device = ClusterDevice()
+    if serving.memory:
+        device.limit(serving.memory)
+    return Engine(Residents(serving.models, serving.loader, device, kinds), rows=serving.rows, device=device)
+
+
 class _Ingress:
     """What both ingresses share: a service, and the app over it."""
 
@@ -98,10 +110,8 @@ class Fused(_Ingress):
 
     async def __init__(self, serving: Serving) -> None:  # type: ignore[misc]  # Serve awaits it
         self.key = serving.key
-        models = load_models(serving.models, serving.loader)
-        self.engine = Engine(models, rows=serving.rows, device=ClusterDevice())
-        names = {model: [stage.name for stage in stages] for model, stages in models.items()}
-        self.service = Service(self.engine, names, Line(serving.rows, serving.queue))
+        self.engine = _engine(serving)
+        self.service = Service(self.engine, self.engine.names, Line(serving.rows, serving.queue))
         await self.service.begin()
 
     def check_health(self) -> None:
@@ -118,12 +128,15 @@ class Host:
     """The stages of one kind, of all models."""
 
     def __init__(self, serving: Serving, kind: str) -> None:
-        models = load_models(serving.models, serving.loader, [kind])
-        self.engine = Engine(models, rows=serving.rows, device=ClusterDevice())
+        self.engine = _engine(serving, [kind])
 
     async def stages(self) -> dict[str, list[str]]:
         """Names of the stages that are here, by model."""
-        return {model: list(stages) for model, stages in self.engine.models.items()}
+        return self.engine.names
+
+    async def states(self) -> dict[str, str]:
+        """As `Engine.states`."""
+        return await self.engine.states()
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
@@ -171,6 +184,18 @@ class Remote:
 
     def __init__(self, hosts: Mapping[str, Any]) -> None:
         self._hosts = hosts
+
+    async def states(self) -> dict[str, str]:
+        """Of each model, the state of the part that is farthest from the device."""
+        found: dict[str, str] = {}
+        try:
+            parts = await asyncio.gather(*(host.states.remote() for host in self._hosts.values()))
+        except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+            raise Stopping from error
+        for states in parts:
+            for model, state in states.items():
+                found[model] = max(state, found.get(model, "hot"), key=STATES.index)
+        return found
 
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         """As `Engine.run`. A caller who is cancelled cancels it there as well. Where a replica dies, another one does it."""

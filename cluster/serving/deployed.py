@@ -8,14 +8,14 @@ from typing import Any
 
 from oneira.platform.errors import UsageError, did_you_mean
 
-ARGUMENTS = ("models", "layout", "loader", "rows", "queue", "replicas", "cpus", "gpus")
+ARGUMENTS = ("models", "layout", "loader", "rows", "queue", "replicas", "memory", "cpus", "gpus")
 
 
 def app(arguments: Mapping[str, Any]) -> Any:
     """The application for the file's `args`.
 
     Args:
-        arguments: models (names or folders), layout ("split" or "fused"), loader, rows, queue and replicas as for `Serving`; cpus and gpus:
+        arguments: models (names or folders), layout ("split" or "fused"), loader, rows, queue, replicas and memory as for `Serving`; cpus and gpus:
             the cluster's at most, which bound how far stages scale.
 
     Raises:
@@ -36,6 +36,6 @@ def app(arguments: Mapping[str, Any]) -> Any:
     key = os.environ.get("ONEIRA_API_KEY")
     if not key:
         raise UsageError("ONEIRA_API_KEY is not set: a server that others can reach needs a key.")
-    more = {name: arguments[name] for name in ("rows", "queue", "replicas") if name in arguments}
+    more = {name: arguments[name] for name in ("rows", "queue", "replicas", "memory") if name in arguments}
     serving = Serving(models=models, loader=arguments.get("loader", LOADER), key=key, **more)
     return build(serving, layout, int(arguments.get("cpus", 1)), int(arguments.get("gpus", 0)))

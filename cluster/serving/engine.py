@@ -8,7 +8,8 @@ plans that are under way (at most `rows`, the oldest first); stages take turns, 
 Plans join and leave between any two turns: a caller who is cancelled has no plan any more when the next turn begins.
 
 From the first plan to the last the engine has a lease of its device: training on it pauses once for all the turns of
-the requests, not for each.
+the requests, not for each. A model whose plans are under way is held on the device (`residency`); plans of one that is not
+there wait while it is brought, and the others go on.
 
 An engine that cannot go on is `dead`, and says why: its loop ended, its device failed for good, or a step does not come
 to an end. It takes no more work; whoever hosts it ends the process.
@@ -26,6 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 from oneira.platform.devices import Device, Lease, LocalDevice, num_cores
 from oneira.platform.logs import say
+
+from ..scheduling.client import ROOM_SECONDS, Busy
+from .residency import Kept, Residents, is_out_of_memory
 
 if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage, State
@@ -69,17 +73,21 @@ class Engine:
     """Make it and use it inside one event loop."""
 
     def __init__(
-        self, models: Mapping[str, Sequence[Stage]], *, rows: int = 16, threads: int = 0, device: Device | None = None
-    ) -> None:
+        self, models: Mapping[str, Sequence[Stage]] | Residents, *, rows: int = 16, threads: int = 0,
+        device: Device | None = None,
+    ) -> None:  # fmt: skip
         """`rows`: plans in one step at most. `threads`: torch's, of the one thread that steps; 0 is all cores.
-        device: who grants the time; None: the engine takes it.
+        models: those that come and go, or stages that stay. device: who grants the time; None: the engine takes it.
         """
-        self.models = {name: {stage.name: stage for stage in stages} for name, stages in models.items()}
+        self._shelf: Kept | Residents = models if isinstance(models, Residents) else Kept(models)
+        self.names = self._shelf.names
         self._rows = rows
-        self._jobs: dict[Key, list[_Job]] = {(name, stage): [] for name, of in self.models.items() for stage in of}
+        self._jobs: dict[Key, list[_Job]] = {(name, stage): [] for name, of in self.names.items() for stage in of}
         self._device: Device = LocalDevice() if device is None else device
         self._threads = threads or num_cores()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stages", initializer=self._begin_thread)
+        self._bringers = ThreadPoolExecutor(len(self.names), thread_name_prefix="models")
+        self._coming: dict[str, asyncio.Task] = {}
         self._awake = asyncio.Event()
         self._loop: asyncio.Task | None = None
         self._closed = False
@@ -134,12 +142,20 @@ class Engine:
         self._awake.set()
         if self._loop is not None:
             await self._loop
+        for model in list(self._shelf.held):
+            self._shelf.give(model)
         self._thread.shutdown()
+        self._bringers.shutdown(wait=False)
+
+    async def states(self) -> dict[str, str]:
+        """Of each model: hot, warm or cold."""
+        return self._shelf.states()
 
     async def _work(self) -> None:
         try:
             while not self._closed and not self._died:
-                if self.under_way:
+                self._tidy()
+                if self._ready():
                     try:
                         await self._while_leased()
                     except Exception as error:  # the device was refused, or taken back
@@ -157,12 +173,12 @@ class Engine:
             self._fail(Stopping())
 
     async def _while_leased(self) -> None:
-        """Turns until nothing is under way."""
+        """Turns until nothing is left to do with the models that are held."""
         block = ExitStack()
         lease = await self._in_thread(lambda: block.enter_context(self._device.lease(priority="interactive")))
         try:
-            while self.under_way and not self._died:
-                for key in [key for key, jobs in self._jobs.items() if jobs]:
+            while not self._died and (keys := self._ready()):
+                for key in keys:
                     batch = self._jobs[key][: self._rows]
                     if self._closed:
                         return
@@ -170,18 +186,41 @@ class Engine:
                         await self._in_thread(self._turn, lease, key, batch)
                         self._settle(key, batch)
                 await asyncio.sleep(0)  # those who were answered go on to their next stage
+                self._tidy()
         finally:
             await self._in_thread(block.close)
+
+    def _ready(self) -> list[Key]:
+        """Stages with plans under way, of models that are held."""
+        return [key for key, jobs in self._jobs.items() if jobs and key[0] in self._shelf.held]
+
+    def _tidy(self) -> None:
+        """Gives back the models that nobody asks for or others wait for, and has those brought that are asked for."""
+        wanted = {model for (model, _), jobs in self._jobs.items() if jobs}
+        for model in list(self._shelf.held):
+            if model not in wanted or self._shelf.is_due(model):
+                self._shelf.give(model)
+        for model in wanted.difference(self._shelf.held, self._coming):
+            self._coming[model] = asyncio.create_task(self._bring(model))
+
+    async def _bring(self, model: str) -> None:
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._bringers, self._shelf.take, model)
+        except Exception as error:
+            self._fail(error, model)
+        finally:
+            del self._coming[model]
+            self._awake.set()
 
     async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    def _fail(self, error: Exception) -> None:
-        """All who are under way get the error."""
-        for job in [job for jobs in self._jobs.values() for job in jobs]:
-            if not job.answer.done():
-                job.answer.set_exception(error)
-        for jobs in self._jobs.values():
+    def _fail(self, error: Exception, model: str | None = None) -> None:
+        """All who are under way, or those of one model, get the error."""
+        for jobs in [jobs for (of, _), jobs in self._jobs.items() if model in (None, of)]:
+            for job in jobs:
+                if not job.answer.done():
+                    job.answer.set_exception(error)
             jobs.clear()
 
     def _turn(self, lease: Lease, key: Key, batch: list[_Job]) -> None:
@@ -189,14 +228,14 @@ class Engine:
         lease.step()
         self._step_began = time.monotonic()
         try:
-            self._step(key, batch)
+            self._plan_and_step(key, batch)
         finally:
             self._step_began = 0.0
 
-    def _step(self, key: Key, batch: list[_Job]) -> None:
+    def _plan_and_step(self, key: Key, batch: list[_Job]) -> None:
         import torch
 
-        stage = self.models[key[0]][key[1]]
+        stage = self._shelf.stage(*key)
         began = time.perf_counter()
         for job in batch:
             if job.plan is None:
@@ -207,7 +246,7 @@ class Engine:
         left = [job for job in batch if job.error is None and not job.plan.done]
         if left:
             try:
-                stage.step([job.plan for job in left])
+                self._step(key[0], stage, [job.plan for job in left])
             except Exception as error:
                 for job in left:
                     job.error = error
@@ -219,6 +258,17 @@ class Engine:
         for job in left:
             job.steps += 1
             job.rows += len(left)
+
+    def _step(self, model: str, stage: Stage, plans: list[Any]) -> None:
+        """One step; once more where memory was short and others could leave."""
+        try:
+            stage.step(plans)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if not self._shelf.make_room(model):
+                raise Busy("its memory is full", ROOM_SECONDS) from error
+            stage.step(plans)
 
     def _settle(self, key: Key, batch: list[_Job]) -> None:
         """Back in the loop: answers those that are done, and forgets them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,18 +33,27 @@ def load_models(names: Sequence[str], loader: str, kinds: Sequence[str] = KINDS)
     """
     found: dict[str, list[Stage]] = {}
     for name in names:
-        if find_model(name) is not None:
-            called, stages = Path(name).name, _sampler(name) if "sampler" in kinds else []
-        else:
-            model = _find(loader)(name)
-            called, stages = model.name, model.stages
-        if called in found:
-            raise UsageError(f"Two models are called '{called}'. Each may be served once.")
-        strange = [stage.name for stage in stages if kind_of(stage.name) not in KINDS]
-        if strange:
-            raise DataError(f"Model '{called}' has a stage '{strange[0]}'. Allowed kinds: {', '.join(KINDS)}.")
-        found[called] = [stage for stage in stages if kind_of(stage.name) in kinds]
+        model, stages = load_model(name, loader, kinds)
+        must_be_new(model, found)
+        found[model] = stages
     return found
+
+
+def load_model(name: str, loader: str, kinds: Sequence[str] = KINDS) -> tuple[str, list[Stage]]:
+    """(its own name, its stages) of one model. As `load_models`."""
+    if find_model(name) is not None:
+        return Path(name).name, _sampler(name) if "sampler" in kinds else []
+    model = _find(loader)(name)
+    strange = [stage.name for stage in model.stages if kind_of(stage.name) not in KINDS]
+    if strange:
+        raise DataError(f"Model '{model.name}' has a stage '{strange[0]}'. Allowed kinds: {', '.join(KINDS)}.")
+    return model.name, [stage for stage in model.stages if kind_of(stage.name) in kinds]
+
+
+def must_be_new(model: str, others: Collection[str]) -> None:
+    """Raises UsageError where one of the others is called the same."""
+    if model in others:
+        raise UsageError(f"Two models are called '{model}'. Each may be served once.")
 
 
 def needed_kinds(names: Sequence[str]) -> list[str]:

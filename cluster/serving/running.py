@@ -73,7 +73,7 @@ class Server:
 
 def serve(
     models: Sequence[str] = ("builtin",), *, host: str = "127.0.0.1", port: int = 8000, layout: Layout = "fused",
-    address: str | None = None, key: str | None = None, loader: str = LOADER, replicas: int = 1,
+    address: str | None = None, key: str | None = None, loader: str = LOADER, replicas: int = 1, memory: int = 0,
 ) -> Server:  # fmt: skip
     """Serve models over HTTP; returns when the first request would succeed.
 
@@ -82,6 +82,8 @@ def serve(
         host: any but a loopback address needs a `key`, which clients bear. port: 0 takes a free one.
         address: of the Ray cluster, as for `connect`. loader: "module:function", a model's name to its stages.
         replicas: of each kind of stage, in the layout "split"; where one dies, the others do its work.
+        memory: bytes of a device that models and work may use, of whatever command; 0: nine tenths of it. Models that do not fit
+            together come and go.
 
     Raises:
         UsageError: a wrong layout, an address without a key, a port that is taken, an unknown model.
@@ -107,7 +109,7 @@ def serve(
     if ray_serve.status().proxies:
         raise ClusterError("This cluster serves already: one server a cluster. Stop the other one, or use --address.")
     resources = ray.cluster_resources()
-    serving = Serving(models=tuple(map(anywhere, models)), loader=loader, key=key, replicas=replicas)
+    serving = Serving(models=tuple(map(anywhere, models)), loader=loader, key=key, replicas=replicas, memory=memory)
     application = build(serving, layout, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
     server = Server(f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}")
     try:

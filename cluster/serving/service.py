@@ -34,6 +34,8 @@ class Way(Protocol):
 
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work: ...
 
+    async def states(self) -> dict[str, str]: ...
+
 
 class Measures:
     """What /metrics tells. Times in seconds."""
@@ -109,6 +111,10 @@ class Service:
     def ready(self) -> bool:
         """Whether pictures are made: it has begun, was not stopped, and the stages are alive."""
         return self._begun and not self._way.dead
+
+    async def states(self) -> dict[str, str]:
+        """Where each model is: hot (on a device), warm (in the host's memory) or cold (on disk)."""
+        return await self._way.states()
 
     def stop(self) -> None:
         """From now on requests get `Stopping`; those under way go on."""

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -206,13 +206,13 @@ class _Routes:
 
     async def models(self) -> Response:
         """The models that are served."""
-        return JSONResponse({"object": "list", "data": [self._describe(name) for name in self.service.models]})
+        states = await self.service.states()
+        return JSONResponse({"object": "list", "data": [self._describe(name, states) for name in self.service.models]})
 
     async def one_model(self, model: str) -> Response:
         """One model."""
-        if model in self.service.samples:
-            return JSONResponse(self._describe(model))
-        return JSONResponse(self._describe(self._model(model)))
+        known = model if model in self.service.samples else self._model(model)
+        return JSONResponse(self._describe(known, await self.service.states()))
 
     async def file(self, name: str) -> Response:
         """A picture that was asked for with response_format=url, for an hour."""
@@ -246,10 +246,10 @@ class _Routes:
 
     # What routes share
 
-    def _describe(self, name: str) -> dict[str, Any]:
+    def _describe(self, name: str, states: Mapping[str, str]) -> dict[str, Any]:
         sizes = [f"{size}x{size}" for size in self.service.sizes.get(name, [])]
         of = {"samples": self.service.samples[name]} if name in self.service.samples else {"sizes": sizes}
-        return {"id": name, "object": "model", "created": self.born, "owned_by": "oneira", **of}
+        return {"id": name, "object": "model", "created": self.born, "owned_by": "oneira", "state": states[name], **of}
 
     def _model(self, name: str | None, sampled: bool = False) -> str:
         """The model that is asked for, or the first; of those that give samples, or of those that draw what a prompt says."""

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from oneira.cluster.scheduling.leases import CAN_WAIT, Cancelled, Granted, Move, Refused, Wanted
+from oneira.cluster.scheduling.leases import CAN_WAIT, Cancelled, Drop, Granted, Move, Refused, Wanted
 from oneira.cluster.scheduling.ledger import Ledger, Overdrawn, Working
 from oneira.cluster.scheduling.residency import Demand, Host, cheapest
 from oneira.cluster.scheduling.scheduler import Scheduler
@@ -223,11 +223,47 @@ def test_the_model_that_is_asked_for_least_gives_way_and_its_owner_says_when():
 def test_models_stay_in_the_nodes_memory_where_there_is_room():
     _, scheduler = make(models={"a": 80, "b": 80}, host=100)
     scheduler.release(scheduler.ask("host", "interactive", model="a"))
-    scheduler.ask("host", "interactive", model="b")
+    first = scheduler.ask("host", "interactive", model="b")
     [move] = [event for event in scheduler.events() if isinstance(event, Move)]
     assert move.to == "warm"
     scheduler.moved("a", "d")
     assert scheduler.state("a", "d") == "warm"
+    scheduler.release(first)
+    for _ in range(9):
+        scheduler.release(scheduler.ask("host", "interactive", model="b"))
+    scheduler.ask("other", "interactive", model="a")
+    assert Drop("a", "host") in scheduler.events()  # there is room for one, and b is asked for more
+    scheduler.moved("b", "d")
+    assert (scheduler.state("a", "d"), scheduler.state("b", "d")) == ("hot", "warm")
+
+
+def test_a_lease_without_slots_keeps_a_model_and_takes_no_time():
+    _, scheduler = make(models={"a": 60, "b": 60})
+    train = scheduler.ask("t", "train")
+    keep = scheduler.ask("host", "interactive", model="a", slots=0)
+    assert kinds(scheduler.events()) == [("Granted", train), ("Granted", keep)]
+    quick = scheduler.ask("host", "interactive")
+    assert kinds(scheduler.events()) == [("Wanted", train)]  # the model's lease would give it no time
+    scheduler.pause(train)
+    other = scheduler.ask("host", "interactive", model="b", slots=0)
+    assert ("Wanted", keep) in kinds(scheduler.events())
+    scheduler.release(keep)
+    [move] = scheduler.events()
+    scheduler.moved(move.model, "d")
+    assert kinds(scheduler.events()) == [("Granted", other)] and quick in scheduler.leases
+
+
+def test_the_lowest_limit_of_a_devices_memory_counts_for_as_long_as_its_client_lives():
+    _, scheduler = make(models={"a": 60})
+    scheduler.limit("one", "d", 70)
+    scheduler.limit("two", "d", 50)
+    refused = scheduler.ask("c", "train", bytes=60)
+    assert kinds(scheduler.events()) == [("Refused", refused)]
+    scheduler.forget("two")
+    first, second = (scheduler.ask("c", "train", bytes=bytes, slots=0) for bytes in (60, 20))
+    assert ("Granted", first) in (events := kinds(scheduler.events())) and ("Granted", second) not in events
+    scheduler.forget("one")
+    assert kinds(scheduler.events()) == [("Granted", second)]
 
 
 def test_a_model_that_somebody_uses_stays_and_a_small_lease_passes_one_without_room():
@@ -351,7 +387,7 @@ class Scheduling(RuleBasedStateMachine):
             elif isinstance(event, Cancelled):
                 if self.asked.pop(event.lease, None) is None:
                     self.end(event.lease)
-            else:
+            elif isinstance(event, Move):
                 assert self.here[event.model, event.device] == event.client
                 self.moves.append(event)
 
@@ -364,7 +400,7 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule(
         client=st.sampled_from(CLIENTS), priority=st.sampled_from(sorted(CAN_WAIT)), device=st.sampled_from([None, *DEVICES]),
-        model=st.sampled_from([None, *MODELS]), bytes=st.integers(0, 70), slots=st.integers(1, 5),
+        model=st.sampled_from([None, *MODELS]), bytes=st.integers(0, 70), slots=st.integers(0, 5),
         seconds=st.sampled_from([None, 0.1, 3.0]), deadline=st.sampled_from([None, None, 0.5, 10.0]),
     )  # fmt: skip
     def ask(self, client, priority, device, model, bytes, slots, seconds, deadline):

@@ -17,12 +17,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from oneira.cluster.serving.models import load_models
+from oneira.cluster.serving.residency import size_of
+
 PAUSED = {"steps": 100}  # of 50 ms each, for "patient"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, serving):
-    command = serving(tmp_path_factory.mktemp("home"), "--model", "tiny", "--model", "patient")
+def server(tmp_path_factory, serving, tiny):
+    """With memory for one of its two models."""
+    memory = 1.5e-9 * size_of(load_models(["tiny"], tiny)["tiny"])
+    models = ("--model", "tiny", "--model", "patient")
+    command = serving(tmp_path_factory.mktemp("home"), *models, "--memory", f"{memory:.9f}")
     yield command
     code, alive = command.stop()
     assert code == 0 and not alive
@@ -75,9 +81,16 @@ def test_edits_and_variations(client):
     assert picture(vary.data[0].b64_json).shape == (64, 64, 3)
 
 
-def test_models_and_embeddings(client):
+def test_models_and_embeddings(client, server):
     assert [model.id for model in client.models.list()] == ["tiny", "patient"]
-    assert client.models.retrieve("patient").id == "patient"
+    for model, other in (("tiny", "patient"), ("patient", "tiny")):
+        evictions = metric(server, "oneira_model_evictions_total")
+        client.images.generate(model=model, prompt="a", size="64x64", extra_body={"steps": 1})
+        assert (client.models.retrieve(model).state, client.models.retrieve(other).state) == ("hot", "cold")
+    assert metric(server, "oneira_model_evictions_total") == evictions + 1
+    with urllib.request.urlopen(f"{server.url}/v1/devices") as answer:
+        [device] = json.load(answer)["devices"]
+    assert [resident["model"].partition("@")[0] for resident in device["residents"]] == ["patient"]
     coded = client.embeddings.create(model="tiny", input=["a", "b"])
     plain = client.embeddings.create(model="tiny", input=["a", "b"], encoding_format="float")
     assert coded.data[1].embedding == pytest.approx(plain.data[1].embedding) and len(coded.data[0].embedding) == 16
