@@ -54,20 +54,25 @@ def devices(
 def scheduler_lines(report: Mapping[str, Any]) -> Iterator[str]:
     """A scheduler's report for people."""
     for device in report["devices"]:
-        used, memory = device["used"] / 1e9, device["memory"] / 1e9
-        yield f"device {device['name']}: {used:.1f} of {memory:.1f} GB, {device['slots_taken']} of {device['slots']} slots"
+        memory = f"{readable(device['used'])} of {readable(device['memory'])}"
+        yield f"device {device['name']}: {memory}, {device['slots_taken']} of {device['slots']} slots"
         for resident in device["residents"]:
-            yield f"  model {resident['model']}: {resident['bytes'] / 1e9:.2f} GB"
+            yield f"  model {resident['model']}: {readable(resident['bytes'])}"
         for lease in device["leases"]:
             yield (
                 f"  lease {lease['id']}: {lease['priority']} of {lease['client']} {lease['state']} for "
-                f"{lease['seconds']:.0f} s: {lease['bytes'] / 1e9:.1f} GB, {lease['slots']} slots"
+                f"{lease['seconds']:.0f} s: {readable(lease['bytes'])}, {lease['slots']} slots"
             )
     counts = report["counts"]
     yield (
         f"{counts['grants']} grants, {counts['pauses']} pauses, {counts['refusals']} refusals, "
         f"{counts['moves']} models sent away"
     )
+
+
+def readable(bytes: int) -> str:
+    """ "1.4 MB"."""
+    return f"{bytes / 1e9:.2f} GB" if bytes >= 1e8 else f"{bytes / 1e6:.1f} MB"
 
 
 def take_back(lease: int, address: str | None) -> None:

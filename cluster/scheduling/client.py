@@ -177,11 +177,13 @@ class _Session:
         if lease.state == "running":
             return lease
         self.give_back(lease)
+        name = model.rpartition("@")[0]
         if lease.cancelled:
             raise Interrupted("The lease of the device was cancelled.")
         if lease.refused is not None:
-            raise ClusterError(f"There is no room for model '{model}': {lease.refused['why']}.")
-        raise Busy(f"there was no room for model '{model}' in {ROOM_SECONDS:.0f} s", ROOM_SECONDS)
+            needs = f"{self._models[model].bytes / 1e6:.1f} MB"
+            raise ClusterError(f"There is no room for model '{name}' of {needs}: {lease.refused['why']}.")
+        raise Busy(f"there was no room for model '{name}' in {ROOM_SECONDS:.0f} s", ROOM_SECONDS)
 
     def add_model(self, model: _Model) -> None:
         self._models[model.name] = model

@@ -104,7 +104,7 @@ th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px so
 
 SCRIPT = """
 "use strict";
-const gb = bytes => (bytes / 1e9).toFixed(2) + " GB";
+const size = bytes => bytes >= 1e8 ? (bytes / 1e9).toFixed(2) + " GB" : (bytes / 1e6).toFixed(1) + " MB";
 const at = id => document.getElementById(id);
 function make(tag, text, ...children) {
   const node = document.createElement(tag);
@@ -130,14 +130,14 @@ function draw(seen) {
   const found = [];
   for (const device of seen.devices) {
     found.push(make("h2", device.name), bar(device));
-    const said = make("p", `${gb(device.resident)} of models and ${gb(device.working)} of work in ${gb(device.memory)}; ` +
+    const said = make("p", `${size(device.resident)} of models and ${size(device.working)} of work in ${size(device.memory)}; ` +
       `${device.slots_taken} of ${device.slots} slots taken; a step takes ${(1000 * device.step_seconds).toFixed(1)} ms`);
     said.className = "quiet";
     found.push(said);
     if (device.residents.length) found.push(table(["model", "bytes", "owner", ""], device.residents.map(
-      one => [one.model, gb(one.bytes), one.owner, one.leaving ? "leaving" : one.pinned ? "pinned" : ""])));
+      one => [one.model, size(one.bytes), one.owner, one.leaving ? "leaving" : one.pinned ? "pinned" : ""])));
     if (device.leases.length) found.push(table(["lease", "priority", "state", "for", "bytes", "slots", "model", "client"],
-      device.leases.map(one => [one.id, one.priority, one.state, one.seconds.toFixed(1) + " s", gb(one.bytes), one.slots,
+      device.leases.map(one => [one.id, one.priority, one.state, one.seconds.toFixed(1) + " s", size(one.bytes), one.slots,
         one.model || "", one.client])));
   }
   found.push(make("h2", "Since the scheduler began"));

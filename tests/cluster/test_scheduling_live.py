@@ -116,7 +116,7 @@ def test_the_devices_command_shows_who_has_what(device, capsys):
         devices(address=None, as_json=False)
         [cpu] = survey()["cluster"]["scheduler"]["devices"]
     lines = [line for line in capsys.readouterr().out.splitlines() if "dream of" in line]
-    assert len(lines) == 1 and "running" in lines[0] and "2.0 GB" in lines[0]
+    assert len(lines) == 1 and "running" in lines[0] and "2.00 GB" in lines[0]
     assert cpu["slots_taken"] == cpu["slots"] and cpu["used"] >= 2e9
 
 
