@@ -98,7 +98,8 @@ class ClusterLease:
         """In the listener's thread."""
         kind = letter["kind"]
         if kind == "Granted":
-            self.state, self.recalled, self.load = "running", False, letter["load"] is not None
+            self.load, self.recalled = letter["load"] is not None, False
+            self.state = "running"  # last: whoever waits may look at any time
         elif kind == "Wanted":
             self.recalled = True
             self._attention = self._attention or letter["pause"]

@@ -110,7 +110,7 @@ class Fused(_Ingress):
 
     async def __init__(self, serving: Serving) -> None:  # type: ignore[misc]  # Serve awaits it
         self.key = serving.key
-        self.engine = _engine(serving)
+        self.engine = await asyncio.to_thread(_engine, serving)
         self.service = Service(self.engine, self.engine.names, Line(serving.rows, serving.queue))
         await self.service.begin()
 
@@ -127,8 +127,8 @@ class Fused(_Ingress):
 class Host:
     """The stages of one kind, of all models."""
 
-    def __init__(self, serving: Serving, kind: str) -> None:
-        self.engine = _engine(serving, [kind])
+    async def __init__(self, serving: Serving, kind: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        self.engine = await asyncio.to_thread(_engine, serving, [kind])
 
     async def stages(self) -> dict[str, list[str]]:
         """Names of the stages that are here, by model."""
@@ -141,6 +141,10 @@ class Host:
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
         must_live(self.engine)
+
+    async def digests(self) -> dict[tuple[str, str], str]:
+        """As `Engine.digests`."""
+        return await self.engine.digests()
 
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         """As `Engine.run`."""
@@ -188,14 +192,21 @@ class Remote:
     async def states(self) -> dict[str, str]:
         """Of each model, the state of the part that is farthest from the device."""
         found: dict[str, str] = {}
-        try:
-            parts = await asyncio.gather(*(host.states.remote() for host in self._hosts.values()))
-        except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
-            raise Stopping from error
-        for states in parts:
+        for states in await self._of_all("states"):
             for model, state in states.items():
                 found[model] = max(state, found.get(model, "hot"), key=STATES.index)
         return found
+
+    async def digests(self) -> dict[tuple[str, str], str]:
+        """As `Engine.digests`."""
+        return {key: digest for digests in await self._of_all("digests") for key, digest in digests.items()}
+
+    async def _of_all(self, method: str) -> list[Any]:
+        """What one replica of each kind says."""
+        try:
+            return await asyncio.gather(*(getattr(host, method).remote() for host in self._hosts.values()))
+        except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+            raise Stopping from error
 
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         """As `Engine.run`. A caller who is cancelled cancels it there as well. Where a replica dies, another one does it."""

@@ -151,6 +151,10 @@ class Engine:
         """Of each model: hot, warm or cold."""
         return self._shelf.states()
 
+    async def digests(self) -> dict[tuple[str, str], str]:
+        """Of the weights of stages, by (model, stage), as `caches.key_of` wants them."""
+        return self._shelf.digests
+
     async def _work(self) -> None:
         try:
             while not self._closed and not self._died:

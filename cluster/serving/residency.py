@@ -18,14 +18,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .models import KINDS, load_model, must_be_new
+from .caches import CACHED, digest_of
+from .models import KINDS, kind_of, load_model, must_be_new
 
 if TYPE_CHECKING:
     from torch import nn
 
     from oneira.multimodal.stages import Stage
 
-HOLD_SECONDS = 0.25  # for which a model that was brought is used before it gives way, and twice what bringing it took
+SHORTEST, LONGEST = 0.25, 5.0  # seconds for which a model is used before it gives way; else twice what bringing it took
 
 
 class Use(Protocol):
@@ -56,6 +57,11 @@ class Kept:
         self._stages = {name: {stage.name: stage for stage in stages} for name, stages in models.items()}
         self.names = {name: list(stages) for name, stages in self._stages.items()}
         self.held: Collection[str] = list(self.names)
+        self.digests = {
+            (model, name): digest
+            for model, stages in self._stages.items()
+            for name, digest in _digests(list(stages.values())).items()
+        }
 
     def stage(self, model: str, name: str) -> Stage:
         return self._stages[model][name]
@@ -80,7 +86,7 @@ class Residents:
     """The shelf of an engine on a shared device. `take` may be called in several threads, for different models.
 
     Attributes:
-        names: of the stages, by model. held: models that were taken and not given back.
+        names: of the stages, by model. held: models that were taken and not given back. digests: see `caches`.
     """
 
     def __init__(self, names: Sequence[str], loader: str, memory: Memory, kinds: Sequence[str] = KINDS) -> None:
@@ -93,6 +99,7 @@ class Residents:
         self._since: dict[str, float] = {}
         self.names: dict[str, list[str]] = {}
         self.held: dict[str, Use] = {}
+        self.digests: dict[tuple[str, str], str] = {}
         for name in names:
             began = time.perf_counter()
             model, stages = load_model(name, loader, kinds)
@@ -101,6 +108,7 @@ class Residents:
             if stages:
                 self._put(model, stages)
                 self._seconds[model] = time.perf_counter() - began
+                self.digests |= {(model, stage): digest for stage, digest in _digests(stages).items()}
                 self._loads[model] = partial(_stages, name, loader, kinds)
                 memory.add_model(model, size_of(stages), partial(self._leave, model))
                 self.take(model)
@@ -135,7 +143,7 @@ class Residents:
 
     def is_due(self, model: str) -> bool:
         """Whether somebody waits for the room of a model that has been used for long enough since it came."""
-        hold = max(HOLD_SECONDS, 2 * self._seconds[model])
+        hold = min(max(SHORTEST, 2 * self._seconds[model]), LONGEST)
         return self.held[model].recalled and time.monotonic() - self._since[model] >= hold
 
     def make_room(self, model: str) -> bool:
@@ -208,6 +216,11 @@ def size_of(stages: Sequence[Stage]) -> int:
         for tensor in (*network.parameters(), *network.buffers())
     }  # fmt: skip
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _digests(stages: Sequence[Stage]) -> dict[str, str]:
+    """Of the stages whose results may be remembered, by name."""
+    return {stage.name: digest_of(stage, networks_of([stage])) for stage in stages if kind_of(stage.name) in CACHED}
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +19,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from oneira.multimodal.stages import PictureRequest, State
 from oneira.platform.errors import DataError, UsageError
 
+from .caches import CACHED, MOST_BYTES, Cache, key_of
 from .engine import Work
 from .line import Line, Ticket
+from .models import kind_of
 from .sampling import SampleRequest, SampleStage
 
 Request = PictureRequest | SampleRequest
@@ -36,11 +39,13 @@ class Way(Protocol):
 
     async def states(self) -> dict[str, str]: ...
 
+    async def digests(self) -> dict[tuple[str, str], str]: ...
+
 
 class Measures:
     """What /metrics tells. Times in seconds."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, caches: Mapping[str, Cache]) -> None:
         self.registry = CollectorRegistry()
         names: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("oneira_requests", "Requests answered.", ["route", "status"], **names)
@@ -56,6 +61,14 @@ class Measures:
         )  # fmt: skip
         Gauge("oneira_queue", "Pictures that wait.", **names).set_function(lambda: line.waiting)
         Gauge("oneira_under_way", "Pictures that are being made.", **names).set_function(lambda: line.taken)
+        for name, text, read in (
+            ("oneira_cache_hits", "Results of a stage that were remembered.", lambda cache: cache.hits),
+            ("oneira_cache_misses", "Results that were not, and could have been.", lambda cache: cache.misses),
+            ("oneira_cache_bytes", "Bytes of what is remembered.", lambda cache: cache.bytes),
+        ):
+            gauge = Gauge(name, text, ["stage"], **names)
+            for kind, cache in caches.items():
+                gauge.labels(kind).set_function(partial(read, cache))
 
     def count(self, model: str, stage: str, work: Work) -> None:
         self.steps.labels(model, stage).inc(work.steps)
@@ -81,7 +94,9 @@ class Service:
         self.finds: dict[str, set[str]] = {}
         self._begun = False
         self.line = line or Line()
-        self.measures = Measures(self.line)
+        self.caches = {kind: Cache(MOST_BYTES) for kind in CACHED}
+        self.measures = Measures(self.line, self.caches)
+        self._digests: dict[tuple[str, str], str] = {}
         self._way = way
 
     async def begin(self) -> None:
@@ -90,6 +105,7 @@ class Service:
         Raises:
             DataError: a model makes no picture.
         """
+        self._digests = await self._way.digests()
         for model in self.models:
             if self.models[model] == [SampleStage.name]:
                 self.samples[model] = str((await self.sample(model, SampleRequest()))["kind"])
@@ -180,7 +196,7 @@ class Service:
         async with self.line.place(ticket):
             seconds = 0.0
             for stage in self.models[model]:
-                work = await self._way.run(model, stage, request, state)
+                work = await self._through(model, stage, request, state)
                 state.update(work.found)
                 seconds += work.seconds
                 self.measures.count(model, stage, work)
@@ -190,6 +206,19 @@ class Service:
                     break
             self.line.measure(seconds)
         return state
+
+    async def _through(self, model: str, stage: str, request: Request, state: State) -> Work:
+        """One stage of a request: as remembered, or made now."""
+        key = key_of(self._digests, model, stage, request)
+        if key is None:
+            return await self._way.run(model, stage, request, state)
+        cache = self.caches[kind_of(stage)]
+        found = cache.get(key)
+        if found is not None:
+            return Work(found, steps=0, seconds=0.0, rows=0.0)
+        work = await self._way.run(model, stage, request, state)
+        cache.put(key, work.found)
+        return work
 
 
 def _has(state: State, size: int | None) -> bool:
