@@ -26,6 +26,14 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Steps a second", "ops", {"{{model}} {{stage}}": "sum by (model, stage) (rate(oneira_steps_total[5m]))"}),
     ("Share of the time that a stage works", "percentunit", {"{{stage}}": "sum by (stage) (rate(oneira_stage_seconds_total[5m]))"}),
     (
+        "Share of embeddings that were remembered", "percentunit",
+        {
+            "{{stage}}": "sum by (stage) (rate(oneira_cache_hits_total[5m])) / "
+            "(sum by (stage) (rate(oneira_cache_hits_total[5m])) + sum by (stage) (rate(oneira_cache_misses_total[5m])))"
+        },
+    ),
+    ("Bytes of remembered embeddings", "bytes", {"{{stage}}": "sum by (stage) (oneira_cache_bytes)"}),
+    (
         "Pictures that share a step", "short",
         {"{{stage}} mean": "sum by (stage) (rate(oneira_batch_rows_sum[5m])) / sum by (stage) (rate(oneira_batch_rows_count[5m]))"},
     ),

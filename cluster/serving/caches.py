@@ -30,16 +30,13 @@ class Cache:
     """The entries of one kind of stage; the one that was used longest ago goes first. `bytes` never exceeds `most`."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.bytes, self.hits, self.misses = most, 0, 0, 0
+        self.most, self.bytes = most, 0
         self._entries: OrderedDict[Key, State] = OrderedDict()
 
     def get(self, key: Key) -> State | None:
         found = self._entries.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._entries.move_to_end(key)
+        if found is not None:
+            self._entries.move_to_end(key)
         return found
 
     def put(self, key: Key, found: State) -> None:

@@ -61,14 +61,11 @@ class Measures:
         )  # fmt: skip
         Gauge("oneira_queue", "Pictures that wait.", **names).set_function(lambda: line.waiting)
         Gauge("oneira_under_way", "Pictures that are being made.", **names).set_function(lambda: line.taken)
-        for name, text, read in (
-            ("oneira_cache_hits", "Results of a stage that were remembered.", lambda cache: cache.hits),
-            ("oneira_cache_misses", "Results that were not, and could have been.", lambda cache: cache.misses),
-            ("oneira_cache_bytes", "Bytes of what is remembered.", lambda cache: cache.bytes),
-        ):
-            gauge = Gauge(name, text, ["stage"], **names)
-            for kind, cache in caches.items():
-                gauge.labels(kind).set_function(partial(read, cache))
+        self.hits = Counter("oneira_cache_hits", "Results of a stage that were remembered.", ["stage"], **names)
+        self.misses = Counter("oneira_cache_misses", "Results that were made to be remembered.", ["stage"], **names)
+        size = Gauge("oneira_cache_bytes", "Bytes of what is remembered.", ["stage"], **names)
+        for kind, cache in caches.items():
+            size.labels(kind).set_function(partial(getattr, cache, "bytes"))
 
     def count(self, model: str, stage: str, work: Work) -> None:
         self.steps.labels(model, stage).inc(work.steps)
@@ -212,10 +209,13 @@ class Service:
         key = key_of(self._digests, model, stage, request)
         if key is None:
             return await self._way.run(model, stage, request, state)
-        cache = self.caches[kind_of(stage)]
+        kind = kind_of(stage)
+        cache = self.caches[kind]
         found = cache.get(key)
         if found is not None:
+            self.measures.hits.labels(kind).inc()
             return Work(found, steps=0, seconds=0.0, rows=0.0)
+        self.measures.misses.labels(kind).inc()
         work = await self._way.run(model, stage, request, state)
         cache.put(key, work.found)
         return work

@@ -31,7 +31,6 @@ def test_a_cache_never_has_more_bytes_than_it_may_and_forgets_what_was_not_used(
     for number in range(100):
         cache.put((str(number),), state(number))
         assert cache.bytes <= cache.most
-    assert (cache.hits, cache.misses) == (2, 2)
 
 
 def test_a_key_names_all_that_the_result_depends_on():
@@ -83,8 +82,8 @@ def test_a_prompt_that_was_asked_before_skips_text_and_prior_and_gives_the_same_
         return first, again, service
 
     first, again, service = asyncio.run(main())
-    caches, rows = service.caches, generate_latest(service.measures.registry).decode().splitlines()
-    assert 'oneira_cache_hits{stage="text"} 2.0' in rows and 'oneira_cache_misses{stage="prior"} 3.0' in rows
+    rows = generate_latest(service.measures.registry).decode().splitlines()
+    for row in ('hits_total{stage="text"} 2.0', 'hits_total{stage="prior"} 1.0', 'misses_total{stage="prior"} 3.0'):
+        assert f"oneira_cache_{row}" in rows
     assert np.array_equal(first["picture"], again["picture"])
-    assert (caches["text"].hits, caches["prior"].hits, caches["prior"].misses) == (2, 1, 3)
-    assert caches["prior"].bytes > 0
+    assert service.caches["prior"].bytes > 0
