@@ -34,7 +34,7 @@ from oneira.generative.learning import seed_of
 from oneira.platform.errors import ConfigError, DataError
 
 from .networks import diffusers_class, load_network, save_network
-from .pictures import finished, fit_mask, resize, to_signed
+from .pictures import drawn_state, fit_mask, resize, to_signed
 from .stages import PictureRequest, Plan
 
 SCHEDULE = Schedule(kind="offset-cosine")
@@ -192,7 +192,7 @@ CONDITIONS = ("known", "unknown", "image", "states", "mask", "no_image", "no_tex
 
 
 class DecoderStage:
-    """Fills picture, uint8 [S, S, 3]. Without an image_embedding in the state it draws from the caption alone."""
+    """Fills picture, uint8 [S, S, 3], and drawn, the same unrounded, float32 [3, S, S]. Without an image_embedding in the state it draws from the caption alone."""
 
     name = "decoder"
 
@@ -232,4 +232,4 @@ class DecoderStage:
         for plan in plans:
             plan.step += 1
             if plan.row.done:
-                plan.found, plan.done = {"picture": finished(plan.row.x, plan.request)}, True
+                plan.found, plan.done = drawn_state(plan.row.x, plan.request), True

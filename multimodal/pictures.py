@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .stages import PictureRequest
+from .stages import PictureRequest, State
 
 
 def to_signed(pictures: np.ndarray | Tensor) -> Tensor:
@@ -53,3 +53,16 @@ def finished(x: Tensor, request: PictureRequest) -> np.ndarray:
     """What a sampler drew, float32 [3, S, S] in [-1, 1], as a request gets it: uint8 [S, S, 3], an edit only within its mask."""
     drawn = to_bytes(x[None])[0]
     return keep_outside(drawn, request.picture, request.mask) if request.task == "edit" else drawn
+
+
+def drawn_state(x: Tensor, request: PictureRequest) -> State:
+    """A sampler's picture for the state: as `finished` gives it, and unrounded for the stage that enlarges it.
+
+    Rounding makes a level of 255 of the last bit in which batches of different sizes differ, and the next stage two of it.
+    """
+    drawn = x.detach().float().cpu()
+    if request.task == "edit" and request.picture is not None and request.mask is not None:
+        side = drawn.shape[-1]
+        known = resize(to_signed(request.picture[None]), side)[0]
+        drawn = torch.where(fit_mask(request.mask, side).bool(), drawn, known)
+    return {"picture": finished(x, request), "drawn": drawn.clamp(-1, 1).numpy()}

@@ -30,7 +30,7 @@ from oneira.generative.learning import seed_of
 from oneira.platform.errors import ConfigError, DataError
 
 from .networks import diffusers_class, load_network, save_network
-from .pictures import finished, resize, to_signed
+from .pictures import drawn_state, resize, to_signed
 from .stages import PictureRequest, Plan
 
 SCHEDULE = Schedule(kind="offset-cosine")
@@ -132,7 +132,7 @@ class UpsamplerPlan(Plan):
 
 
 class UpsamplerStage:
-    """Replaces picture by one of `size` pixels, uint8 [size, size, 3]. It takes no more steps than its own number."""
+    """Replaces picture by one of `size` pixels, uint8 [size, size, 3], and drawn, which it enlarges where it is there. It takes no more steps than its own number."""
 
     def __init__(self, model: Upsampler, *, size: int, steps: int, dtype: torch.dtype = torch.float32):
         self.model, self.size, self.steps, self.dtype = model, size, steps, dtype
@@ -141,7 +141,8 @@ class UpsamplerStage:
     def plan(self, request: PictureRequest, state: Mapping[str, np.ndarray]) -> UpsamplerPlan:
         steps = self.steps if request.steps is None else min(request.steps, self.steps)
         seed = seed_of(request.seed, self.name)
-        small = resize(to_signed(state["picture"][None]), self.size // 2)
+        small = torch.as_tensor(state["drawn"])[None] if "drawn" in state else to_signed(state["picture"][None])
+        small = resize(small, self.size // 2)
         small = small + NOISE * noise_of(seed_of(request.seed, self.name, "condition"), 0, small.shape)
         row = Row.begin(SCHEDULE, (3, self.size, self.size), seed=seed, steps=steps)
         return UpsamplerPlan(request=request, row=row, enlarged=enlarge(small)[0], steps=steps)
@@ -160,4 +161,4 @@ class UpsamplerStage:
         for plan in plans:
             plan.step += 1
             if plan.row.done:
-                plan.found, plan.done = {"picture": finished(plan.row.x, plan.request)}, True
+                plan.found, plan.done = drawn_state(plan.row.x, plan.request), True

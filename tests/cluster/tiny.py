@@ -143,7 +143,7 @@ class Decoder(_Diffusion):
         return self.net(torch.cat([x, colour], 1))
 
     def find(self, plan: RowPlan) -> State:
-        return {"picture": to_bytes(plan.row.x, plan.request)}
+        return {"picture": to_bytes(plan.row.x, plan.request), "drawn": plan.row.x.numpy()}
 
 
 class Upsampler(_Diffusion):
@@ -155,7 +155,7 @@ class Upsampler(_Diffusion):
         self.net = nn.Conv2d(6, 3, 3, padding=1)
 
     def plan(self, request: PictureRequest, state: Mapping[str, np.ndarray]) -> RowPlan:
-        low = torch.from_numpy(state["picture"]).permute(2, 0, 1)[None].float().div(127.5).sub(1)
+        low = torch.from_numpy(state["drawn"])[None]
         return self._plan(request, interpolate(low, (128, 128), mode="bilinear")[0])
 
     def predict(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from oneira.multimodal.decoder import Decoder, DecoderConfig, DecoderStage, rand
 from oneira.multimodal.embedding import encode, load_clip, square_clip, statistics
 from oneira.multimodal.networks import CONFIG, WEIGHTS, halve
 from oneira.multimodal.part_settings import scale_batch, strangers
-from oneira.multimodal.pictures import fit_mask, keep_outside, resize, to_bytes, to_signed
+from oneira.multimodal.pictures import drawn_state, fit_mask, keep_outside, resize, to_bytes, to_signed
 from oneira.multimodal.prior import Prior, PriorConfig, PriorStage
 from oneira.multimodal.scenes import agreement, draw, rearranged, sample, true_reading
 from oneira.multimodal.stages import PictureRequest
@@ -300,6 +300,20 @@ def test_an_untrained_upsampler_enlarges(states):
     plain = to_bytes(enlarge(to_signed(states[0]["picture"][None])))[0]
     assert found.shape == (32, 32, 3) and np.abs(found.astype(float) - plain).mean() < 8
     assert stage.plan(PictureRequest(steps=50), states[0]).steps == 2
+
+
+@pytest.mark.parametrize("task", ["generate", "edit"])
+def test_the_last_bit_of_a_picture_is_no_level_of_the_larger_one(parts, task):
+    """Batches of different sizes differ in the last bit; a value between two levels is rounded up in one and down in the other."""
+    mask = np.arange(256).reshape(16, 16) % 3 > 0
+    request = PictureRequest(task=task, picture=np.full((16, 16, 3), 100, np.uint8), mask=mask)
+    between = (torch.arange(3 * 16 * 16).view(3, 16, 16) % 255 + 0.5) / 127.5 - 1
+    low, high = (drawn_state(between + sign * 1e-6, request) for sign in (-1, 1))
+    assert (low["picture"] != high["picture"]).any()
+    assert np.array_equal(to_bytes(torch.from_numpy(low["drawn"])[None])[0], low["picture"])
+    stage = stage_of("upsampler", parts)
+    ours, theirs = (stage.plan(request, state).enlarged for state in (low, high))
+    assert (ours - theirs).abs().max() < 1e-5
 
 
 # ---- the autoregressive prior's code
