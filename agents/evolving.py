@@ -185,7 +185,7 @@ def _segment(
         ask(s)
     while pending:
         try:
-            handle = executor.wait(list(pending))
+            handle = executor.wait(pending.keys())
         except KeyboardInterrupt:  # or SIGTERM: between two answers every population is whole
             save(segment)
             raise

@@ -3,7 +3,8 @@
 The driver keeps the queue. A worker that is free takes the next unit; while many wait, one more is sent ahead to each,
 so that no worker idles while the driver looks elsewhere. A unit whose worker dies runs again on a new worker. A unit that takes
 much longer than others of its function, while a worker has nothing to do, is given to that one as well: the first answer
-counts, and the slow worker is replaced. Units are the same wherever they run, so no result depends on any of this.
+counts, and the slow worker is replaced. Nodes may join, which brings workers, and leave, which takes theirs away. Units are the
+same wherever they run, so no result depends on any of this.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import reprlib
 import statistics
 import sys
 import time
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -31,6 +33,7 @@ from .workers import DONE, UNKNOWN_FUNCTION, Worker
 
 RERUNS = 3  # of a unit whose worker died
 LOOK_SECONDS = 1.0  # between looks for stragglers
+NODES_SECONDS = 5.0  # between looks for nodes that joined or left
 SLOW_SECONDS = 10.0  # a unit is no straggler before
 SLOW_FACTOR = 4.0  # ... nor before so many times the median of its function
 REMEMBERED = 32  # units of a function, for that median
@@ -70,7 +73,9 @@ class RayHandle:
             RuntimeError: anything else that the function raised, with the worker's traceback.
             ClusterError: the unit's workers died again and again, or the executor was closed.
         """
-        self._executor._finish([self])
+        if not self.done:
+            self._executor._finish([self])
+        self._executor._news.pop(self, None)
         if self.error is not None:
             raise self.error
         return self.value
@@ -78,6 +83,7 @@ class RayHandle:
     def _end(self, *, value: Tree = None, error: Exception | None = None) -> None:
         self.done, self.value, self.error = True, value, error
         self.unit, self.shared = None, []
+        self._executor._news[self] = None
 
     def __str__(self) -> str:
         return f"unit {self.number} of {self.name} ({reprlib.repr(self.unit)})"
@@ -110,23 +116,53 @@ class _Lane:
         if self.actor is not None:
             ray.kill(self.actor)
         self.actor = None
-        for _, handle in self.sent:
-            handle.copies -= 1
-        self.sent.clear()
 
 
-@dataclass(eq=False)
 class _Pool:
-    """Lanes of one kind and the units that wait for them."""
+    """Lanes of one kind and the units that wait for them. What it costs to give or take one does not grow with the lanes."""
 
-    lanes: list[_Lane]
-    waiting: deque[RayHandle] = field(default_factory=deque)
+    def __init__(self, lanes: list[_Lane]) -> None:
+        self.waiting: deque[RayHandle] = deque()
+        self.lanes: dict[_Lane, None] = {}
+        self.at: dict[Any, _Lane] = {}  # where each reference that was sent is
+        self._by_load: tuple[dict[_Lane, None], ...] = ({}, {}, {})  # lanes with 0, 1, 2 units
+        for lane in lanes:
+            self.add(lane)
+
+    def add(self, lane: _Lane) -> None:
+        self.lanes[lane] = self._by_load[0][lane] = None
+
+    def remove(self, lane: _Lane) -> None:
+        """`lane` has nothing to do any more."""
+        del self.lanes[lane], self._by_load[0][lane]
+
+    def idle(self) -> list[_Lane]:
+        return list(self._by_load[0])
 
     def next_lane(self) -> _Lane | None:
         """The lane that takes the next waiting unit now, if any does."""
         ahead = 2 if len(self.waiting) > 2 * len(self.lanes) else 1
-        lane = min(self.lanes, key=lambda lane: len(lane.sent))
-        return lane if self.waiting and len(lane.sent) < ahead else None
+        free = (lane for lanes in self._by_load[:ahead] for lane in lanes)
+        return next(free, None) if self.waiting else None
+
+    def put(self, lane: _Lane, reference: Any, handle: RayHandle) -> None:
+        """`handle` was sent to the lane."""
+        self._move(lane, 1)
+        lane.sent.append((reference, handle))
+        self.at[reference] = lane
+        handle.copies += 1
+
+    def take(self, lane: _Lane) -> RayHandle:
+        """The lane's first unit, off it."""
+        self._move(lane, -1)
+        reference, handle = lane.sent.popleft()
+        del self.at[reference]
+        handle.copies -= 1
+        return handle
+
+    def _move(self, lane: _Lane, by: int) -> None:
+        del self._by_load[len(lane.sent)][lane]
+        self._by_load[len(lane.sent) + by][lane] = None
 
 
 class RayExecutor:
@@ -138,14 +174,14 @@ class RayExecutor:
 
     def __init__(self, address: str | None = None) -> None:
         """`address`: as for `connect`. Raises ClusterError."""
-        import ray
-
         connect(address)
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        lanes = [_Lane(1, node["NodeID"]) for node in nodes for _ in range(int(node["Resources"].get("CPU", 0)))]
+        self._nodes = _cpus_of_nodes()
+        self._looked = time.monotonic()
+        lanes = [_Lane(1, node) for node, cpus in self._nodes.items() for _ in range(cpus)]
         if not lanes:
-            raise ClusterError(f"The Ray cluster has no CPU to work on: {len(nodes)} nodes. Allowed: at least one CPU.")
-        self.num_workers = len(lanes)
+            raise ClusterError(
+                f"The Ray cluster has no CPU to work on: {len(self._nodes)} nodes. Allowed: at least one CPU."
+            )
         self.core_seconds = 0.0
         self._workers = _Pool(lanes)
         self._trainer = _Pool([_Lane(0, None)])
@@ -153,10 +189,17 @@ class RayExecutor:
         self._functions: dict[str, Work] = {}
         self._numbers = itertools.count()
         self._seconds: dict[str, deque[float]] = {}  # of units that are done, by function
+        self._news: weakref.WeakKeyDictionary[RayHandle, None] = weakref.WeakKeyDictionary()  # done, not asked for yet
+        self._searched = time.monotonic()  # for stragglers
         self._closed = False
         find_desk()
         for lane in lanes:
             lane.start()
+
+    @property
+    def num_workers(self) -> int:
+        """Workers that are there now, the trainer not counted."""
+        return len(self._workers.lanes)
 
     def share(self, value: Tree) -> RayShared:
         """Puts a value into the object store once; workers on its node read its arrays there, without a copy."""
@@ -177,7 +220,7 @@ class RayExecutor:
         self._send()
         return handle
 
-    def wait(self, handles: Sequence[RayHandle]) -> RayHandle:
+    def wait(self, handles: Collection[RayHandle]) -> RayHandle:
         """One of the handles, finished."""
         if not handles:
             raise ValueError("wait() needs at least one handle")
@@ -242,57 +285,81 @@ class RayExecutor:
                     self._pool(handle).waiting.remove(handle)
                     handle._end(error=ClusterError(f"{handle} was dropped: its results were not read to the end."))
 
-    def _finish(self, handles: Sequence[RayHandle]) -> RayHandle:
+    def _finish(self, handles: Collection[RayHandle]) -> RayHandle:
         """Works the queue until one of the handles is done."""
         import ray
 
         while True:
-            for handle in handles:
-                if handle.done:
-                    return handle
-            sent = [reference for lane in self._lanes() for reference, _ in lane.sent]
+            news = (handle for handle in self._news if handle in handles)
+            done = next(news, None) or next((handle for handle in handles if handle.done), None)
+            if done is not None:
+                return done
+            sent = [*self._workers.at, *self._trainer.at]
             ray.wait(sent, num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)
             ready, _ = ray.wait(sent, num_returns=len(sent), timeout=0, fetch_local=False)
-            self._collect(set(ready))
+            self._collect(ready)
+            self._look_at_nodes()
             self._send()
             self._send_again()
 
     def _send(self) -> None:
         for pool in (self._workers, self._trainer):
             while (lane := pool.next_lane()) is not None:
-                self._give(lane, pool.waiting.popleft())
+                self._give(pool, lane, pool.waiting.popleft())
 
-    def _give(self, lane: _Lane, handle: RayHandle) -> None:
+    def _give(self, pool: _Pool, lane: _Lane, handle: RayHandle) -> None:
         if lane.actor is None:
             lane.start()
         if not lane.sent:
             lane.began = time.monotonic()
         code = self._code.get(handle.name, [])
         reference = lane.actor.run.remote(handle.name, code, handle.shared, handle.unit, handle.threads)
-        lane.sent.append((reference, handle))
-        handle.copies += 1
+        pool.put(lane, reference, handle)
+
+    def _look_at_nodes(self) -> None:
+        """Workers for nodes that have joined; those of nodes that have left go, and their units wait again."""
+        if time.monotonic() - self._looked < NODES_SECONDS:
+            return
+        before, self._nodes, self._looked = self._nodes, _cpus_of_nodes(), time.monotonic()
+        joined = [_Lane(1, node) for node in self._nodes if node not in before for _ in range(self._nodes[node])]
+        left = [lane for lane in self._workers.lanes if lane.node not in self._nodes]
+        if len(left) == self.num_workers + len(joined):
+            left = []  # their units would have nobody: they begin again wherever there is room
+        if joined or left:
+            text = f"oneira: {len(joined)} workers join and {len(left)} leave; there were {self.num_workers}."
+            say("nodes", text, joined=len(joined), left=len(left))
+        for lane in joined:
+            lane.start()
+            self._workers.add(lane)
+        for lane in left:
+            self._restart(self._workers, lane)
+            self._workers.remove(lane)
 
     def _send_again(self) -> None:
         """Gives stragglers to workers that have nothing to do."""
-        idle = [] if self._workers.waiting else [lane for lane in self._workers.lanes if not lane.sent]
         now = time.monotonic()
+        if now - self._searched < LOOK_SECONDS:
+            return
+        self._searched = now
+        idle = [] if self._workers.waiting else self._workers.idle()
         for lane in [lane for lane in self._workers.lanes if lane.sent] if idle else []:
             handle, spent = lane.sent[0][1], now - lane.began
             usual = statistics.median(self._seconds.get(handle.name) or [float("inf")])
             if idle and handle.copies == 1 and spent > max(SLOW_SECONDS, SLOW_FACTOR * usual):
                 said = f"oneira: {handle} takes {spent:.0f} s and others {usual:.1f} s: sent to another worker as well."
                 say("straggler", said, unit=handle.number, function=handle.name, seconds=spent, usual=usual)
-                self._give(idle.pop(), handle)
+                self._give(self._workers, idle.pop(), handle)
 
-    def _collect(self, ready: set) -> None:
+    def _collect(self, ready: list) -> None:
         """Takes finished units off their lanes, and puts back what has to run again."""
         import ray
         from ray.exceptions import RayActorError, RayError, RayTaskError
 
-        for lane in self._lanes():
-            while lane.sent and lane.sent[0][0] in ready:
-                reference, handle = lane.sent.popleft()
-                handle.copies -= 1
+        finished = set(ready)
+        found = {lane: pool for pool in (self._workers, self._trainer) for ref in ready if (lane := pool.at.get(ref))}
+        for lane, pool in found.items():
+            while lane.sent and (reference := lane.sent[0][0]) in finished:
+                handle = pool.take(lane)
                 spent, lane.began = time.monotonic() - lane.began, time.monotonic()
                 try:
                     self._settle(handle, *ray.get(reference))
@@ -301,7 +368,8 @@ class RayExecutor:
                 except RayTaskError as error:  # Ray could not carry the arguments or the result
                     handle._end(error=RuntimeError(f"{handle} failed: {error}"))
                 except RayActorError as error:
-                    self._replace(lane, handle, error)
+                    self._restart(pool, lane)  # what was sent after it had not begun
+                    self._again(handle, error)
                 except RayError as error:  # the result was lost with its node
                     self._again(handle, error)
                 self._stop_copies(handle)
@@ -319,24 +387,17 @@ class RayExecutor:
         else:
             handle._end(error=_rebuild(*value))
 
-    def _replace(self, lane: _Lane, handle: RayHandle, error: Exception) -> None:
-        """The lane's actor died while it ran `handle`; what was sent after it had not begun."""
-        self._restart(lane)
-        self._again(handle, error)
-
-    def _restart(self, lane: _Lane) -> None:
+    def _restart(self, pool: _Pool, lane: _Lane) -> None:
         """Ends the lane's actor, and puts back what it was sent and nobody else has."""
-        behind = [later for _, later in lane.sent]
         lane.stop()
-        for later in reversed(behind):
-            if not later.copies:
-                self._pool(later).waiting.appendleft(later)
+        behind = [pool.take(lane) for _ in range(len(lane.sent))]
+        pool.waiting.extendleft(later for later in reversed(behind) if not later.copies)
 
     def _stop_copies(self, handle: RayHandle) -> None:
         """Ends workers that are still at a unit which is done: they may hang for ever."""
         for lane in self._workers.lanes if handle.done and handle.copies else []:
             if lane.sent and lane.sent[0][1] is handle:
-                self._restart(lane)
+                self._restart(self._workers, lane)
 
     def _again(self, handle: RayHandle, error: Exception) -> None:
         handle.deaths += 1
@@ -348,15 +409,19 @@ class RayExecutor:
         else:
             self._pool(handle).waiting.appendleft(handle)
 
-    def _lanes(self) -> list[_Lane]:
-        return [*self._workers.lanes, *self._trainer.lanes]
-
     def _pool(self, handle: RayHandle) -> _Pool:
         return self._workers if handle.threads == 1 else self._trainer
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClusterError("This executor is closed. Make a new one.")
+
+
+def _cpus_of_nodes() -> dict[str, int]:
+    """CPUs of each node that is alive, by its id."""
+    import ray
+
+    return {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]}
 
 
 def _ship(function: Work) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -52,7 +52,7 @@ class Executor(Protocol):
         """Starts `function(shared value, unit)` with that many torch threads (0: all cores, on a worker of its own)."""
         ...
 
-    def wait(self, handles: Sequence[Any]) -> Any:
+    def wait(self, handles: Collection[Any]) -> Any:
         """One of the handles, finished."""
         ...
 
@@ -183,10 +183,10 @@ class SerialExecutor:
         check_function(function)
         return _SerialHandle(self, function, shared, unit, threads)
 
-    def wait(self, handles: Sequence[_SerialHandle]) -> _SerialHandle:
+    def wait(self, handles: Collection[_SerialHandle]) -> _SerialHandle:
         if not handles:
             raise ValueError("wait() needs at least one handle")
-        handle = next((handle for handle in handles if handle.done), handles[0])
+        handle = next((handle for handle in handles if handle.done), next(iter(handles)))
         handle.run()
         return handle
 

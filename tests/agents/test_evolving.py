@@ -39,7 +39,7 @@ class Unreliable(SerialExecutor):
 
     def wait(self, handles):
         self.orders.append(int(self.chance.integers(len(handles))))
-        handle = handles[self.orders[-1]]
+        handle = list(handles)[self.orders[-1]]
         if self.chance.random() < 0.3:
             self.twice += 1
             self.submit(handle.function, handle.shared, handle.unit, threads=handle.threads).result()
