@@ -1,5 +1,6 @@
 # make dream      a fresh machine to a trained agent: sets up .venv, trains carracing-quick, prints where its report is
 # make test       the default tests; make test-all adds those marked slow; make lint checks style, types and layers
+# make audit      a bill of materials of what is pinned (sbom.json), and its known holes; needs a registry with advisories
 # Needs Python 3.11 or newer. PYTHON=... chooses another one.
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3 python,$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $(name))))
@@ -7,7 +8,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUN := runs/carracing-quick
 
-.PHONY: dream test test-all lint setup constraints clean
+AUDIT := .venv-audit
+
+.PHONY: dream test test-all lint audit setup constraints clean
 
 dream: $(READY)
 	$(BIN)/oneira train carracing-quick --run $(RUN)
@@ -24,6 +27,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p oneira
 	PYTHONPATH=.typing $(BIN)/lint-imports
+
+audit: $(AUDIT)/bin/pip-audit
+	$(AUDIT)/bin/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml --output-reproducible --output-file sbom.json
+	$(AUDIT)/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
+
+# The newest of both: they are no part of the project, and what they know should be new.
+$(AUDIT)/bin/pip-audit:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet pip-audit cyclonedx-bom
 
 setup: $(READY)
 
@@ -44,4 +56,4 @@ constraints:
 	VIRTUAL_ENV="$(CURDIR)/.venv" uv pip freeze --exclude-editable > constraints.txt
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(AUDIT) sbom.json build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -126,10 +126,15 @@ def serve(
         list[str] | None, typer.Option(metavar="M", help="A built-in name or a folder; prior=PATH,decoder=PATH.")
     ] = None,
     layout: Annotated[str, typer.Option(metavar="fused|split", help="All stages in one process, or apart.")] = "fused",
-    host: Annotated[str, typer.Option(help="Where to listen; any but loopback needs a key.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; any but loopback needs a key and TLS.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     address: Annotated[str | None, typer.Option(metavar="ADDR", help="The Ray cluster to join.")] = None,
     key_file: Annotated[Path | None, typer.Option(help="The clients' key; else ONEIRA_API_KEY.")] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="The certificate, with its chain: HTTPS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="The certificate's private key.")] = None,
+    plain_http: Annotated[bool, typer.Option("--plain-http", help="No TLS: a proxy before it speaks TLS.")] = False,
     memory: Annotated[
         float | None,
         typer.Option(metavar="GB", min=1e-6, help="Of a device, for models and work; by default most of it."),
@@ -149,6 +154,10 @@ def serve(
     signal.signal(signal.SIGINT, interrupt)
     settings: dict[str, Any] = {"layout": layout, "host": host, "port": port, "address": address, "replicas": replicas}
     settings["memory"] = int((memory or 0) * 1e9)
+    if (tls_cert is None) != (tls_key is None):
+        raise UsageError("--tls-cert and --tls-key belong together: give both, or neither.")
+    settings["tls"] = (tls_cert, tls_key) if tls_cert and tls_key else None
+    settings["plain_http"] = plain_http
     key = read_key(key_file)
     try:
         models = model or ["builtin"]

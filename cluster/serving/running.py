@@ -9,9 +9,11 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -35,18 +37,23 @@ READY_SECONDS = 60.0  # for the proxy to learn of an application that runs
 class Server:
     """A server that runs. Close it, or use it in a `with` block; the cluster stays as it is."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, trusted: ssl.SSLContext | None = None) -> None:
+        """`trusted`: what its certificate is checked with, where it has one."""
+        self.url, self._trusted = url, trusted
 
     def watch(self, seconds: float = UNHEALTHY_SECONDS) -> NoReturn:
         """Looks after the server for ever. Raises ClusterError when it has not been healthy for so many seconds in a row."""
         well = time.monotonic()
         while True:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            if is_healthy(self.url):
+            if self.is_healthy():
                 well = time.monotonic()
             elif time.monotonic() - well > seconds:
                 raise ClusterError(f"The server at {self.url} has not been healthy for {seconds:.0f} s: given up.")
+
+    def is_healthy(self) -> bool:
+        """Whether it says that it makes pictures."""
+        return is_healthy(self.url, self._trusted)
 
     def drain(self, seconds: float = DRAIN_SECONDS) -> None:
         """New requests hear 503 from now on, as does who asks for its health; those under way have so many seconds."""
@@ -74,19 +81,22 @@ class Server:
 def serve(
     models: Sequence[str] = ("builtin",), *, host: str = "127.0.0.1", port: int = 8000, layout: Layout = "fused",
     address: str | None = None, key: str | None = None, loader: str = LOADER, replicas: int = 1, memory: int = 0,
+    tls: tuple[Path, Path] | None = None, plain_http: bool = False,
 ) -> Server:  # fmt: skip
     """Serve models over HTTP; returns when the first request would succeed.
 
     Args:
         models: built-in names, runs, folders or hub ids. layout: "fused" or "split".
-        host: any but a loopback address needs a `key`, which clients bear. port: 0 takes a free one.
+        host: any but a loopback address needs a `key`, which clients bear, and `tls`. port: 0 takes a free one.
         address: of the Ray cluster, as for `connect`. loader: "module:function", a model's name to its stages.
         replicas: of each kind of stage, in the layout "split"; where one dies, the others do its work.
         memory: bytes of a device that models and work may use, of whatever command; 0: nine tenths of it. Models that do not fit
             together come and go.
+        tls: files of the certificate, with its chain, and of its private key, in PEM, on the cluster's head: HTTPS.
+        plain_http: another host without `tls`: a proxy before it speaks TLS, or nobody reads along on that network.
 
     Raises:
-        UsageError: a wrong layout, an address without a key, a port that is taken, an unknown model.
+        UsageError: a wrong layout, an address without a key or TLS, a certificate that cannot be used, a port that is taken, an unknown model.
         DataError: a model that cannot be read. ClusterError: no cluster, or something is served there already.
     """
     if layout not in LAYOUTS:
@@ -97,6 +107,12 @@ def serve(
         raise UsageError(f"replicas is {replicas}. Allowed: 1, or more in the layout 'split'.")
     if key is None and not is_loopback(host):
         raise UsageError(f"Host '{host}' can be reached from outside, so a key is required: set ONEIRA_API_KEY.")
+    if tls is None and not plain_http and not is_loopback(host):
+        raise UsageError(
+            f"Host '{host}' can be reached from outside, where a key sent without TLS can be read: give --tls-cert and --tls-key, or "
+            "--plain-http where a proxy speaks TLS."
+        )
+    trusted = None if tls is None else _checked(*tls)
     port = _free_port(host, port)
     connect(address)
     import ray
@@ -111,11 +127,17 @@ def serve(
     resources = ray.cluster_resources()
     serving = Serving(models=tuple(map(anywhere, models)), loader=loader, key=key, replicas=replicas, memory=memory)
     application = build(serving, layout, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
-    server = Server(f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}")
+    scheme = "http" if tls is None else "https"
+    server = Server(f"{scheme}://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}", trusted)
+    files = (
+        {}
+        if tls is None
+        else dict(zip(("ssl_certfile", "ssl_keyfile"), (str(file.resolve()) for file in tls), strict=True))
+    )
     try:
-        ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port, **files})
         ray_serve.run(application, name=APPLICATION, route_prefix="/")
-        _wait_until_ready(server.url)
+        _wait_until_ready(server)
     except Exception as error:
         said = _said(error)  # before the replicas are forgotten
         server.close()
@@ -137,11 +159,29 @@ def _free_port(host: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def is_healthy(url: str) -> bool:
-    """Whether the server there says that it makes pictures."""
+def _checked(certificate: Path, key: Path) -> ssl.SSLContext:
+    """What trusts that certificate and no other. Raises UsageError where a server cannot use the two files."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+        trusted = ssl.create_default_context(cafile=certificate)
+    except (OSError, ValueError) as error:  # OpenSSL's own errors are OSErrors
+        raise UsageError(
+            f"No server can use the certificate '{certificate}' with the key '{key}': {error}. Allowed: PEM files that belong "
+            "together, the key without a password."
+        ) from error
+    trusted.check_hostname = False  # it is asked by its loopback address
+    trusted.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # whoever has signed it
+    return trusted
+
+
+def is_healthy(url: str, trusted: ssl.SSLContext | None = None) -> bool:
+    """Whether the server there says that it makes pictures. `trusted`: as for `Server`."""
     import http.client
 
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
+    scheme, _, place = url.partition("://")
+    connection = http.client.HTTPConnection(place, timeout=5)
+    if scheme == "https":
+        connection = http.client.HTTPSConnection(place, timeout=5, context=trusted)
     try:
         connection.request("GET", "/healthz")
         return connection.getresponse().status == 200
@@ -151,13 +191,13 @@ def is_healthy(url: str) -> bool:
         connection.close()
 
 
-def _wait_until_ready(url: str) -> None:
+def _wait_until_ready(server: Server) -> None:
     end = time.monotonic() + READY_SECONDS
     while time.monotonic() < end:
-        if is_healthy(url):
+        if server.is_healthy():
             return
         time.sleep(0.05)
-    raise ClusterError(f"The server does not answer at {url} after {READY_SECONDS:.0f} s.")
+    raise ClusterError(f"The server does not answer at {server.url} after {READY_SECONDS:.0f} s.")
 
 
 def _said(error: Exception) -> str:

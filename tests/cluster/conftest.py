@@ -55,7 +55,7 @@ class Serving:
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         first = self.process.stdout.readline()
-        found = re.search(r"http://\S+", first)
+        found = re.search(r"https?://\S+", first)
         if not found:
             self.process.kill()
             raise AssertionError(first + self.process.stderr.read())

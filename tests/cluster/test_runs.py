@@ -110,6 +110,7 @@ def test_a_run_over_ray_has_the_same_bytes_as_one_without_whoever_is_killed(undi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_sigterm_ends_a_run_over_ray_within_ten_seconds(undisturbed, chaos_in, tmp_path):
     chaos = chaos_in(tmp_path / "run")
     for lines in (1, 3, 3):

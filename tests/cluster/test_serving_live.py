@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -178,6 +180,39 @@ def until_refused(request):
             return error
 
 
+@pytest.fixture
+def certificate(tmp_path):
+    """A certificate of this machine's loopback address that nobody has signed, and its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    files = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    more = ["-addext", "subjectAltName=IP:127.0.0.1", "-out", files[0], "-keyout", files[1]]
+    subprocess.run([openssl, *words, *more], check=True, capture_output=True)
+    return files
+
+
+def test_with_a_certificate_it_speaks_tls_alone(serving, tmp_path, certificate):
+    command = serving(
+        tmp_path, "--model", "tiny", "--host", "0.0.0.0", "--key-file", str(certificate[1]),  # any text is a key
+        "--tls-cert", str(certificate[0]), "--tls-key", str(certificate[1]),
+    )  # fmt: skip
+    try:
+        trusted = ssl.create_default_context(cafile=certificate[0])
+        with urllib.request.urlopen(f"{command.url}/healthz", context=trusted) as answer:
+            assert command.url.startswith("https://127.0.0.1:") and answer.status == 200
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{command.url}/v1/models", context=trusted)
+        with pytest.raises(OSError):
+            urllib.request.urlopen(command.url.replace("https", "http") + "/healthz", timeout=10)
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+            urllib.request.urlopen(f"{command.url}/healthz")
+    finally:
+        code, alive = command.stop()
+    assert code == 0 and not alive
+
+
 @pytest.mark.slow
 def test_the_split_layout_does_the_same(serving, tmp_path):
     import openai
@@ -198,6 +233,10 @@ def test_the_split_layout_does_the_same(serving, tmp_path):
     "arguments, code, words",
     [
         (["--host", "0.0.0.0"], 2, "ONEIRA_API_KEY"),
+        (["--host", "0.0.0.0", "--key-file", __file__], 2, "--tls-cert"),
+        (["--tls-cert", "/no/such/file"], 2, "--tls-key"),
+        (["--tls-cert", "/no/such/file", "--tls-key", "/no/such/file"], 2, "/no/such/file"),
+        (["--tls-cert", __file__, "--tls-key", __file__], 2, "PEM"),
         (["--layout", "fussed"], 2, "Did you mean 'fused'"),
         (["--replicas", "2"], 2, "'split'"),
         (["--key-file", "/no/such/file"], 2, "/no/such/file"),
