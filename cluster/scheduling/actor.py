@@ -144,6 +144,10 @@ class Desk:
         self.scheduler.pause(self._ids.get((client, number), 0))
         self._post()
 
+    async def expect(self, client: str, device: str, slots: int, model: str | None) -> float:
+        """As `Scheduler.expect`."""
+        return self.scheduler.expect(client, device, model=model, slots=slots)
+
     async def add_model(self, name: str, bytes: int) -> None:
         """As `Scheduler.add_model`."""
         self.scheduler.add_model(name, bytes)

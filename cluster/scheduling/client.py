@@ -40,6 +40,7 @@ USABLE = 0.9  # of a device's memory
 CLOSE_SECONDS = 3.0  # for the listener to end
 RETRY_SECONDS = 0.1  # between two tries to reach a scheduler that is being started again
 SMOOTHING = 0.1  # of the seconds of a step
+EXPECT_SECONDS = 1.0  # for the scheduler to say how long a wait would be
 
 
 class Busy(ClusterError):
@@ -185,6 +186,22 @@ class _Session:
             needs = f"{self._models[model].bytes / 1e6:.1f} MB"
             raise ClusterError(f"There is no room for model '{name}' of {needs}: {lease.refused['why']}.")
         raise Busy(f"there was no room for model '{name}' in {ROOM_SECONDS:.0f} s", ROOM_SECONDS)
+
+    def expect(self, model: str, device: str, slots: int) -> float:
+        """As `ClusterDevice.expect`."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        with self._lock:
+            free = any(
+                not lease.in_use and not lease.recalled and lease.fields["slots"] >= slots
+                for lease in self._leases.values()
+            )
+        try:
+            asked = self.desk.expect.remote(self.id, device, 0 if free else slots, model)
+            return ray.get(asked, timeout=EXPECT_SECONDS)
+        except (GetTimeoutError, RayActorError):
+            return 0.0
 
     def add_model(self, model: _Model) -> None:
         self._models[model.name] = model
@@ -352,13 +369,16 @@ class ClusterDevice:
         """
         check_priority(priority)
         session = _session()
-        slots = (self.cores or num_cores()) if self.torch_device.type == "cpu" else 1
-        fields = {"priority": priority, "device": self._name, "bytes": bytes, "slots": slots, "model": None}
+        fields = {"priority": priority, "device": self._name, "bytes": bytes, "slots": self._slots, "model": None}
         lease = session.take(fields, deadline)
         try:
             yield lease
         finally:
             session.leave(lease)
+
+    @property
+    def _slots(self) -> int:
+        return (self.cores or num_cores()) if self.torch_device.type == "cpu" else 1
 
     # Models in its memory; see `Memory` in cluster/serving/residency.py
 
@@ -384,6 +404,10 @@ class ClusterDevice:
             Busy: there was no room for some time. ClusterError: there never will be. Interrupted: the lease was cancelled.
         """
         return _session().keep(_of_this_process(model), self._name)
+
+    def expect(self, model: str) -> float:
+        """Seconds until a request for a model would be worked on; 0 where the scheduler does not say."""
+        return _session().expect(_of_this_process(model), self._name, self._slots)
 
     def let_go(self, lease: ClusterLease) -> None:
         """Others may have the model's room now."""

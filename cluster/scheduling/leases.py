@@ -55,6 +55,7 @@ class Lease:
     recalled: bool = False  # it was told that somebody waits
     began: float = math.inf  # when it was first granted
     gone: bool = False
+    step: float = 0.0  # seconds of one of its steps, as measured
 
     @property
     def work(self) -> float:

@@ -69,8 +69,8 @@ class Place:
             if not resident.pinned and not resident.leaving and not busy.get(name) and name != lease.model
         ]
 
-    def slots_in(self, lease: Lease, now: float) -> float:
-        """Seconds until those that run leave it enough slots."""
+    def slots_in(self, lease: Lease, now: float, *, hoping: bool = False) -> float:
+        """Seconds until those that run leave it enough slots. `hoping`: its equals of unknown length are about to end."""
         short = lease.slots - self.ledger.slots_free
         if short <= 0:
             return 0.0
@@ -79,19 +79,21 @@ class Place:
             done = other.granted + other.restore + other.seconds - now
             if RANK[lease.priority] < RANK[other.priority]:
                 due = 0.0 if other.turn > lease.turn else other.safe_until - now
+            elif hoping and other.seconds == math.inf and other.priority == lease.priority:
+                due = 0.0
             else:
                 due = max(lease.turn, other.safe_until) - now
-            waits.append((max(0.0, min(done, due + self.step)), other.slots))
+            waits.append((max(0.0, min(done, due + (other.step or self.step))), other.slots))
         for wait, slots in sorted(waits):
             short -= slots
             if short <= 0:
                 return wait
         return math.inf
 
-    def wait(self, lease: Lease, now: float) -> float:
+    def wait(self, lease: Lease, now: float, *, hoping: bool = False) -> float:
         """Seconds until it would begin, if it came to the line now."""
         ahead = sum(self.line.work[: RANK[lease.priority] + 1]) / self.ledger.slots
-        return self.slots_in(lease, now) + ahead
+        return self.slots_in(lease, now, hoping=hoping) + ahead
 
 
 class Soonest:

@@ -165,6 +165,16 @@ class Scheduler:
             return max(0.0, min(ends, default=math.inf))
         return place.wait(lease, now) + lease.restore
 
+    def expect(self, client: str, device: str, *, model: str | None = None, slots: int = 1) -> float:
+        """Seconds until an interactive lease would begin its work if it was asked for now, where nobody of the same priority
+        keeps it waiting; its model's restoring counts. Infinite where the device is too small.
+        """
+        now, place = self.clock(), self.places[device]
+        lease = Lease(0, client, "interactive", now, device, model, slots=slots, turn=now, named=True)
+        if not self._possible(place, lease):
+            return math.inf
+        return place.wait(lease, now, hoping=True) + self._restore(place, lease)
+
     def release(self, lease_id: int) -> None:
         """The client is done with a lease, or does not want it any more. Unknown ones are ignored."""
         lease = self.leases.pop(lease_id, None)
@@ -251,7 +261,7 @@ class Scheduler:
         """A step of a lease takes so long: what others wait for it to pause."""
         lease = self.leases.get(lease_id)
         if lease is not None:
-            place = self.places[lease.device]
+            place, lease.step = self.places[lease.device], seconds
             place.step += (SMOOTHING if place.step else 1.0) * (seconds - place.step)
 
     def loaded(self, lease_id: int, seconds: float, state: State) -> None:
@@ -311,8 +321,8 @@ class Scheduler:
         hot = None
         if lease.model is not None:
             for name in self._hot[lease.model].first(self._until):
-                hot = self.places[name]
-                if hot.until() <= now:
+                hot = self.places[name] if lease.slots <= self.places[name].ledger.slots else None
+                if hot is not None and hot.until() <= now:
                     return hot
         best, least = None, math.inf
         for name in self._free.first(self._until, LOOKED_AT):
@@ -370,6 +380,8 @@ class Scheduler:
 
     def _giving_up(self, place: Place, lease: Lease, now: float) -> float | None:
         """The cost of what would leave the device for it; None where it does not fit."""
+        if lease.slots > place.ledger.slots:
+            return None
         short = place.missing(lease, self._bytes(lease.model))
         if short <= 0:
             return 0.0

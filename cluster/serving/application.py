@@ -146,6 +146,10 @@ class Host:
         """As `Engine.digests`."""
         return await self.engine.digests()
 
+    async def expect(self, model: str, stage: str) -> float:
+        """As `Engine.expect`."""
+        return await self.engine.expect(model, stage)
+
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         """As `Engine.run`."""
         return await self.engine.run(model, stage, request, state)
@@ -200,6 +204,13 @@ class Remote:
     async def digests(self) -> dict[tuple[str, str], str]:
         """As `Engine.digests`."""
         return {key: digest for digests in await self._of_all("digests") for key, digest in digests.items()}
+
+    async def expect(self, model: str, stage: str) -> float:
+        """As `Engine.expect`."""
+        try:
+            return await self._hosts[kind_of(stage)].expect.remote(model, stage)
+        except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
+            raise Stopping from error
 
     async def _of_all(self, method: str) -> list[Any]:
         """What one replica of each kind says."""

@@ -23,6 +23,7 @@ from oneira.platform.errors import Interrupted, UsageError, did_you_mean
 from ..scheduling.client import Busy
 from .engine import Stopping
 from .line import Full
+from .pacing import Late
 from .pictures import NoPicture
 
 T = TypeVar("T", bound=BaseModel)
@@ -63,6 +64,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(error.status_code, str(error.detail))
     if isinstance(error, Full):
         return ApiError(429, str(error), code="queue_full", retry=error.retry_after)
+    if isinstance(error, Late):
+        return ApiError(429, str(error), code="deadline", retry=error.retry_after)
     if isinstance(error, Busy):
         return ApiError(429, str(error), code="device_busy", retry=max(1, math.ceil(error.retry_after)))
     if isinstance(error, (Stopping, Interrupted)):

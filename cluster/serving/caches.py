@@ -33,6 +33,9 @@ class Cache:
         self.most, self.bytes = most, 0
         self._entries: OrderedDict[Key, State] = OrderedDict()
 
+    def __contains__(self, key: Key | None) -> bool:
+        return key in self._entries
+
     def get(self, key: Key) -> State | None:
         found = self._entries.get(key)
         if found is not None:

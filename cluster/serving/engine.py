@@ -90,7 +90,7 @@ class Engine:
         self._coming: dict[str, asyncio.Task] = {}
         self._awake = asyncio.Event()
         self._loop: asyncio.Task | None = None
-        self._closed = False
+        self._closed = self._leased = False
         self._died = ""
         self._step_began = 0.0  # of the step that is being made, monotonic; 0 between steps
 
@@ -147,6 +147,12 @@ class Engine:
         self._thread.shutdown()
         self._bringers.shutdown(wait=False)
 
+    async def expect(self, model: str, stage: str) -> float:
+        """Seconds until a request would be in a step of a stage, if it came now."""
+        if self._leased and model in self._shelf.held:
+            return 0.0
+        return await asyncio.to_thread(self._shelf.expect, model)
+
     async def states(self) -> dict[str, str]:
         """Of each model: hot, warm or cold."""
         return self._shelf.states()
@@ -180,6 +186,7 @@ class Engine:
         """Turns until nothing is left to do with the models that are held."""
         block = ExitStack()
         lease = await self._in_thread(lambda: block.enter_context(self._device.lease(priority="interactive")))
+        self._leased = True
         try:
             while not self._died and (keys := self._ready()):
                 for key in keys:
@@ -192,6 +199,7 @@ class Engine:
                 await asyncio.sleep(0)  # those who were answered go on to their next stage
                 self._tidy()
         finally:
+            self._leased = False
             await self._in_thread(block.close)
 
     def _ready(self) -> list[Key]:

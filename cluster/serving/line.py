@@ -47,6 +47,10 @@ class Line:
         """Pictures that wait."""
         return sum(len(ticket.waiting) + ticket.promised for ticket in self._tickets)
 
+    def wait(self, pictures: int) -> float:
+        """Seconds until so many more would have their places."""
+        return max(0, self.waiting + pictures - max(self.places - self.taken, 0)) * self._seconds
+
     def measure(self, seconds: float) -> None:
         """Tells what a finished picture has cost of the stages' time."""
         self._seconds += SMOOTHING * (seconds - self._seconds)

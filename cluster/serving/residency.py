@@ -49,6 +49,8 @@ class Memory(Protocol):
 
     def out_of_memory(self, lease: Any) -> bool: ...
 
+    def expect(self, model: str) -> float: ...
+
 
 class Kept:
     """Models that all stay where they are: the shelf of an engine that shares its device with nobody."""
@@ -80,6 +82,9 @@ class Kept:
 
     def make_room(self, model: str) -> bool:
         return False
+
+    def expect(self, model: str) -> float:
+        return 0.0
 
 
 class Residents:
@@ -149,6 +154,10 @@ class Residents:
     def make_room(self, model: str) -> bool:
         """The device had no memory for a step of a model that was taken. True: others have left, try once more."""
         return self._memory.out_of_memory(self.held[model])
+
+    def expect(self, model: str) -> float:
+        """Seconds until a model would be there and the device free."""
+        return self._memory.expect(model)
 
     def _bring(self, model: str, use: Use) -> None:
         state = self._states[model]

@@ -17,6 +17,8 @@ MAX_FRAMES = 16
 MAX_TEXTS = 256
 MAX_SAMPLES = 64
 SEEDS = 2**63
+DEADLINE = "X-Deadline-Ms"
+MAX_DEADLINE = 3_600_000  # milliseconds
 
 
 def _clean(text: str) -> str:
@@ -123,7 +125,7 @@ class Sample(_Asked):
 
 def body(model: type[BaseModel]) -> dict[str, Any]:
     """The OpenAPI entry of a JSON body."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _schema(model)}}}}
+    return _entry("application/json", _schema(model))
 
 
 def form(model: type[BaseModel], files: dict[str, bool]) -> dict[str, Any]:
@@ -131,7 +133,15 @@ def form(model: type[BaseModel], files: dict[str, bool]) -> dict[str, Any]:
     schema = _schema(model)
     schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
     schema["required"] = schema.get("required", []) + [name for name, needed in files.items() if needed]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+    return _entry("multipart/form-data", schema)
+
+
+def _entry(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+    deadline = {
+        "name": DEADLINE, "in": "header", "schema": {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE},
+        "description": "Milliseconds within which the answer is of use; 429 as soon as it is known that they do not do.",
+    }  # fmt: skip
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema}}}, "parameters": [deadline]}
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:

@@ -23,9 +23,11 @@ from .caches import CACHED, MOST_BYTES, Cache, key_of
 from .engine import Work
 from .line import Line, Ticket
 from .models import kind_of
+from .pacing import Asked, Late, Pace, asked_of
 from .sampling import SampleRequest, SampleStage
 
 Request = PictureRequest | SampleRequest
+Goal = int | str | None  # a picture's size, the name of an embedding, None: all stages
 FIRST_PROMPT = "a red circle"
 
 
@@ -40,6 +42,8 @@ class Way(Protocol):
     async def states(self) -> dict[str, str]: ...
 
     async def digests(self) -> dict[tuple[str, str], str]: ...
+
+    async def expect(self, model: str, stage: str) -> float: ...
 
 
 class Measures:
@@ -94,6 +98,8 @@ class Service:
         self.caches = {kind: Cache(MOST_BYTES) for kind in CACHED}
         self.measures = Measures(self.line, self.caches)
         self._digests: dict[tuple[str, str], str] = {}
+        self._pace = Pace()
+        self._last: dict[tuple[str, Goal], str] = {}  # the stage with which a goal was reached
         self._way = way
 
     async def begin(self) -> None:
@@ -143,19 +149,23 @@ class Service:
 
     async def draw(
         self, model: str, requests: Sequence[PictureRequest], *, size: int | None = None,
-        on_picture: Callable[[int, np.ndarray], None] | None = None,
+        on_picture: Callable[[int, np.ndarray], None] | None = None, until: float | None = None,
     ) -> list[State]:  # fmt: skip
         """The state of each request when its picture has `size` (None: at the end).
 
         Args:
             on_picture: gets (which request, picture uint8 [H, W, 3]) for every picture on the way, the last included.
+            until: the loop's time by which all have to be done.
 
         Raises:
-            Full: too many wait. Stopping: the stages end. Whatever a stage raises for one of the requests.
+            Full: too many wait. Late: not by `until`, which is said as soon as it is known. Stopping: the stages end.
+            Whatever a stage raises for one of the requests.
         """
-        return await self._all(model, requests, lambda state: _has(state, size), on_picture)
+        return await self._all(model, requests, size, lambda state: _has(state, size), on_picture, until)
 
-    async def embed(self, model: str, requests: Sequence[PictureRequest], name: str) -> list[State]:
+    async def embed(
+        self, model: str, requests: Sequence[PictureRequest], name: str, *, until: float | None = None
+    ) -> list[State]:
         """The state of each request as soon as it has `name`: "text_embedding" or "image_embedding".
 
         Raises:
@@ -163,30 +173,57 @@ class Service:
         """
         if name not in self.finds.get(model, ()):
             raise UsageError(f"Model '{model}' has no {name.replace('_', ' ')}s.")
-        return await self._all(model, requests, lambda state: name in state, None)
+        return await self._all(model, requests, name, lambda state: name in state, None, until)
 
-    async def sample(self, model: str, request: SampleRequest) -> State:
+    async def sample(self, model: str, request: SampleRequest, *, until: float | None = None) -> State:
         """A state with `samples` and their `kind`. Raises as `draw`; UsageError for what the model cannot do."""
-        [state] = await self._all(model, [request], lambda state: False, None)
+        [state] = await self._all(model, [request], None, lambda state: False, None, until)
         return state
 
     async def _all(
-        self, model: str, requests: Sequence[Request], enough: Callable[[State], bool],
-        on_picture: Callable[[int, np.ndarray], None] | None,
+        self, model: str, requests: Sequence[Request], goal: Goal, enough: Callable[[State], bool],
+        on_picture: Callable[[int, np.ndarray], None] | None, until: float | None,
     ) -> list[State]:  # fmt: skip
-        async with self.line.request(len(requests)) as ticket:
-            try:
-                async with asyncio.TaskGroup() as group:  # one that fails, or a caller who goes, cancels all
-                    tasks = [
-                        group.create_task(self._one(ticket, model, request, enough, on_picture, i))
-                        for i, request in enumerate(requests)
-                    ]
-            except BaseExceptionGroup as problems:
-                raise problems.exceptions[0] from None
+        asked = asked_of(requests)
+        if until is not None:
+            await self._check_time(model, requests, goal, asked, until)
+        try:
+            async with asyncio.timeout_at(until) as limit, self.line.request(len(requests)) as ticket:
+                try:
+                    async with asyncio.TaskGroup() as group:  # one that fails, or a caller who goes, cancels all
+                        tasks = [
+                            group.create_task(self._one(ticket, model, request, asked, goal, enough, on_picture, i))
+                            for i, request in enumerate(requests)
+                        ]
+                except BaseExceptionGroup as problems:
+                    raise problems.exceptions[0] from None
+        except TimeoutError as error:
+            if limit.expired():
+                raise Late("it took longer than was expected", 1.0) from error
+            raise
         return [task.result() for task in tasks]
 
+    async def _check_time(
+        self, model: str, requests: Sequence[Request], goal: Goal, asked: Asked, until: float
+    ) -> None:
+        """Raises Late where the wait and the work, as far as they are known, last longer than until then."""
+        stages = list(self.models[model])
+        if (model, goal) in self._last:
+            stages = stages[: stages.index(self._last[model, goal]) + 1]
+        left = [stage for stage in stages if not all(self._remembers(model, stage, request) for request in requests)]
+        if not left:
+            return
+        wait = self.line.wait(len(requests)) + await self._way.expect(model, left[0])
+        work = sum(self._pace.seconds(model, stage, asked) for stage in left)
+        late = asyncio.get_running_loop().time() + wait + work - until
+        if late > 0:
+            raise Late(f"it would wait for {wait:.2f} s and take {work:.2f} s", late)
+
+    def _remembers(self, model: str, stage: str, request: Request) -> bool:
+        return kind_of(stage) in CACHED and key_of(self._digests, model, stage, request) in self.caches[kind_of(stage)]
+
     async def _one(
-        self, ticket: Ticket, model: str, request: Request, enough: Callable[[State], bool],
+        self, ticket: Ticket, model: str, request: Request, asked: Asked, goal: Goal, enough: Callable[[State], bool],
         on_picture: Callable[[int, np.ndarray], None] | None, number: int,
     ) -> State:  # fmt: skip
         state: State = {}
@@ -197,9 +234,12 @@ class Service:
                 state.update(work.found)
                 seconds += work.seconds
                 self.measures.count(model, stage, work)
+                if work.steps:
+                    self._pace.measure(model, stage, asked, work.seconds * work.rows)
                 if on_picture is not None and "picture" in work.found:
                     on_picture(number, work.found["picture"])
                 if enough(state):
+                    self._last[model, goal] = stage
                     break
             self.line.measure(seconds)
         return state

@@ -44,16 +44,31 @@ from .asking import (
 )
 from .engine import Stopping
 from .line import Full
+from .pacing import Late
 from .pictures import Shelf, from_data_url, read_edit, read_picture, write_picture
 from .running import is_loopback
 from .sampling import SampleRequest
-from .schema import SEEDS, Edit, Embedding, Generation, Interpolation, Prompt, Sample, Variation, body, form
+from .schema import (
+    DEADLINE,
+    MAX_DEADLINE,
+    SEEDS,
+    Edit,
+    Embedding,
+    Generation,
+    Interpolation,
+    Prompt,
+    Sample,
+    Variation,
+    body,
+    form,
+)
 from .service import Service
 from .watching import HEADERS, PAGE, metrics_of
 
 MAX_BODY = 1 << 20  # bytes, where no pictures are in it
 MAX_BODY_OF = {"edits": 18 << 20, "variations": 10 << 20, "interpolations": 25 << 20}  # by the last part of the path
 OPEN_PATHS = ("/healthz", "/v1/images/files/", "/devices")  # without a key: a picture's address is a secret itself
+UNTIL = "oneira.until"  # of a request's scope
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
@@ -68,7 +83,7 @@ async def _nobody() -> None:
 def make_app(service: Service, key: str | None = None, watch: Watch = _nobody) -> FastAPI:
     """The app over a `Service`. `key`: what clients must bear; None asks for none. `watch`: gives the scheduler's report."""
     app = FastAPI(title="Oneira", version="1", docs_url=None, redoc_url=None)
-    for kind in (ApiError, HTTPException, Full, Stopping, UsageError, ClientGone, Exception):
+    for kind in (ApiError, HTTPException, Full, Late, Stopping, UsageError, ClientGone, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(_Door, service=service, key=key)
     _Routes(service, Shelf(), watch).add_to(app)
@@ -144,7 +159,7 @@ class _Routes:
         settings: dict[str, Any] = {"seed": seed, "steps": asked.steps, "guidance": asked.guidance}
         ends = [await self._end(name, text, model) for name, text in (("from", asked.start), ("to", asked.end))]
         wanted = [PictureRequest(**settings, **end) for end in ends]
-        states = await while_there(request, self.service.embed(model, wanted, "image_embedding"))
+        states = await while_there(request, self.service.embed(model, wanted, "image_embedding", until=_until(request)))
         start, end = (state["image_embedding"] for state in states)
         way = [slerp(start, end, share) for share in np.linspace(0, 1, asked.frames)]
         pictures = [PictureRequest(task="embedding", embedding=point, **settings) for point in way]
@@ -169,7 +184,7 @@ class _Routes:
             raise ApiError(400, f"'dimensions' must be {self.service.embedding[model]}.", param="dimensions")
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         wanted = [PictureRequest(prompt=text) for text in texts]
-        states = await while_there(request, self._embed(model, wanted))
+        states = await while_there(request, self._embed(model, wanted, _until(request)))
         data = [
             {"object": "embedding", "index": i, "embedding": _vector(state["text_embedding"], asked.encoding_format)}
             for i, state in enumerate(states)
@@ -185,7 +200,7 @@ class _Routes:
         params = asked.params.model_dump(exclude_none=True) if asked.params else {}
         wanted = SampleRequest(n=asked.n or 1, seed=seed, params=params)
         try:
-            state = await while_there(request, self.service.sample(model, wanted))
+            state = await while_there(request, self.service.sample(model, wanted, until=_until(request)))
         except UsageError as error:
             raise ApiError(400, str(error), param="params", code="invalid_value") from error
         kind, rows = str(state["kind"]), state["samples"]
@@ -197,11 +212,11 @@ class _Routes:
         about = {"created": int(time.time()), "model": model, "kind": kind, "seed": seed}
         return JSONResponse({"object": "list", **about, "data": data})
 
-    async def _embed(self, model: str, wanted: list[PictureRequest]) -> list[State]:
+    async def _embed(self, model: str, wanted: list[PictureRequest], until: float | None) -> list[State]:
         """In parts that fit into an empty line, one after the other."""
         part, found = self.service.line.places, []
         for start in range(0, len(wanted), part):
-            found += await self.service.embed(model, wanted[start : start + part], "text_embedding")
+            found += await self.service.embed(model, wanted[start : start + part], "text_embedding", until=until)
         return found
 
     async def models(self) -> Response:
@@ -295,7 +310,7 @@ class _Routes:
             return await self._stream(request, asked, model, size, wanted, event)
         if getattr(asked, "partial_images", None):
             raise ApiError(400, "'partial_images' is for a stream: set stream to true.", param="partial_images")
-        states = await while_there(request, self.service.draw(model, wanted, size=size))
+        states = await while_there(request, self.service.draw(model, wanted, size=size, until=_until(request)))
         data = []
         for state in states:
             written = await asyncio.to_thread(write_picture, state["picture"], kind, asked.output_compression)
@@ -332,8 +347,11 @@ class _Routes:
         """Partial pictures as they come, then the whole ones, as events. Ends the work when it is closed."""
         pictures: asyncio.Queue[tuple[int, np.ndarray]] = asyncio.Queue()
         work = asyncio.ensure_future(
-            self.service.draw(model, wanted, size=size, on_picture=lambda i, picture: pictures.put_nowait((i, picture)))
-        )
+            self.service.draw(
+                model, wanted, size=size, until=_until(request),
+                on_picture=lambda i, picture: pictures.put_nowait((i, picture)),
+            )
+        )  # fmt: skip
         kind, partial = asked.output_format or "png", [0] * len(wanted)
         about = {"background": "opaque", "output_format": kind, "quality": "auto"}
         watch = asyncio.ensure_future(gone(request))
@@ -395,6 +413,11 @@ def _vector(embedding: np.ndarray, encoding: str | None) -> Any:
     return base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else vector.tolist()
 
 
+def _until(request: Request) -> float | None:
+    """The loop's time by which the client wants its answer."""
+    return request.scope[UNTIL]
+
+
 def _seed(asked: Any) -> int:
     return secrets.randbelow(SEEDS) if asked.seed is None else asked.seed
 
@@ -403,7 +426,7 @@ def _seed(asked: Any) -> int:
 
 
 class _Door:
-    """Around all routes: asks for the key, counts bytes that come in, names each request, measures and logs it.
+    """Around all routes: asks for the key, counts bytes that come in, notes the deadline, names each request, measures and logs it.
 
     A request's id is the one that the client gave in X-Request-ID, else one of our own (Ray Serve's proxy gives it, where there
     is one, and also tells the client).
@@ -429,7 +452,7 @@ class _Door:
             await send(message)
 
         try:
-            refusal = self._refusal(scope["path"], headers)
+            refusal = self._refusal(scope["path"], headers) or self._note_deadline(scope, headers)
             if refusal is not None:
                 await refusal.response()(scope, receive, sending)
             else:
@@ -459,6 +482,17 @@ class _Door:
         length, limit = headers.get("content-length", "0"), _limit(path)
         if length.isdigit() and int(length[:20]) > limit:
             return _too_large(limit)
+        return None
+
+    @staticmethod
+    def _note_deadline(scope: Scope, headers: Headers) -> ApiError | None:
+        given, scope[UNTIL] = headers.get(DEADLINE), None
+        if given is None:
+            return None
+        if not (given.isascii() and given.isdigit() and 1 <= int(given[:10]) <= MAX_DEADLINE):
+            message = f"{DEADLINE} is '{given[:100]}'. Allowed are whole numbers of milliseconds, 1 to {MAX_DEADLINE}."
+            return ApiError(400, message, code="invalid_deadline")
+        scope[UNTIL] = asyncio.get_running_loop().time() + int(given) / 1000
         return None
 
 

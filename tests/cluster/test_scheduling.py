@@ -5,7 +5,7 @@ import math
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from oneira.cluster.scheduling.leases import CAN_WAIT, Cancelled, Drop, Granted, Move, Refused, Wanted
 from oneira.cluster.scheduling.ledger import Ledger, Overdrawn, Working
@@ -266,6 +266,25 @@ def test_the_lowest_limit_of_a_devices_memory_counts_for_as_long_as_its_client_l
     assert kinds(scheduler.events()) == [("Granted", second)]
 
 
+def test_what_a_request_would_wait_for_is_said_and_changes_nothing():
+    clock, scheduler = make(models={"a": 60, "huge": 101})
+    assert scheduler.expect("c", "d") == 0
+    train = scheduler.ask("t", "train")
+    scheduler.stepped(train, 2.0)
+    clock.now = 1.0
+    scheduler.events()
+    assert scheduler.expect("c", "d") == 2.0 and scheduler.expect("c", "d", slots=0) == 0
+    scheduler.loaded(scheduler.ask("host", "interactive", model="a", slots=0), 3.0, "cold")
+    assert scheduler.expect("c", "d", model="a") == 2.0
+    scheduler.forget("host")
+    assert scheduler.expect("c", "d", model="a") == 5.0
+    assert scheduler.expect("c", "d", model="huge") == scheduler.expect("c", "d", slots=2) == math.inf
+    scheduler.release(train)
+    scheduler.ask("other", "interactive")
+    assert scheduler.expect("c", "d") == pytest.approx(2.0)  # a step, as the device's last ones: it ends soon
+    assert len(scheduler.leases) == 1
+
+
 def test_a_model_that_somebody_uses_stays_and_a_small_lease_passes_one_without_room():
     _, scheduler = make(slots=2, models={"a": 60, "b": 60})
     user = scheduler.ask("x", "train", model="a")
@@ -302,6 +321,24 @@ def test_a_lease_goes_to_the_device_that_has_its_model_unless_the_wait_is_longer
         lease = scheduler.ask("i", "interactive", model="m", seconds=0.9)
         devices.append(scheduler.leases[lease].device)
     assert devices == ["d0", "d0", "d0", "d1", "d0"]  # the fourth would wait 2.7 s
+
+
+def test_a_device_with_too_few_slots_takes_neither_a_lease_nor_the_model_for_it():
+    clock = Clock()
+    scheduler = Scheduler(clock)
+    scheduler.add_device("few", memory=100, slots=1)
+    scheduler.add_device("many", memory=100, slots=4)
+    scheduler.add_model("m", 50)
+    scheduler.release(scheduler.ask("c", "train", device="many"))  # so that "few" is free first
+    for model in (None, "m"):
+        clock.now += 1
+        lease = scheduler.ask("c", "train", model=model, slots=4)
+        assert scheduler.leases[lease].device == "many"
+        scheduler.release(lease)
+    scheduler.add_model("n", 60)
+    scheduler.restoring.measure("n", "cold", 10.0)
+    scheduler.ask("c", "interactive", model="n", slots=4, deadline=1.0)
+    assert [lease.device for lease in scheduler.leases.values()] == ["many"]  # which brings the model
 
 
 def test_after_a_real_lack_of_memory_all_that_is_idle_goes_and_the_need_is_remembered():
@@ -509,6 +546,24 @@ class TestScheduling(Scheduling.TestCase):
     settings = settings(max_examples=40, stateful_step_count=40, **COMMON)
 
 
+class Counted(Scheduling):
+    """Counts its steps, over all histories."""
+
+    steps = histories = 0
+
+    def __init__(self):
+        super().__init__()
+        Counted.histories += 1
+        Counted.steps -= 1  # invariants are also looked at before the first step
+
+    @invariant()
+    def a_step_was_made(self):
+        Counted.steps += 1
+
+
 @pytest.mark.slow
-class TestSchedulingLong(Scheduling.TestCase):
-    settings = settings(max_examples=1000, stateful_step_count=100, **COMMON)
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_steps():
+    while Counted.steps < 100_000:
+        run_state_machine_as_test(Counted, settings=settings(max_examples=200, stateful_step_count=100, **COMMON))
+    print(f"{Counted.steps} steps in {Counted.histories} histories")

@@ -106,6 +106,11 @@ def test_mistakes_are_the_clients_own_exceptions(client):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(model="tiny", prompt="a", n=11)
     assert caught.value.param == "n"
+    began = time.monotonic()
+    with pytest.raises(openai.RateLimitError, match="by its deadline") as late:
+        hurry = {"extra_headers": {"X-Deadline-Ms": "900"}}
+        client.images.generate(model="patient", prompt="in time", extra_body=PAUSED, **hurry)
+    assert time.monotonic() - began < 3 and int(late.value.response.headers["retry-after"]) >= 1
 
 
 def metric(server, name):

@@ -12,6 +12,7 @@ from oneira.cluster.scheduling.leases import Granted, Move, Refused, Wanted
 from oneira.cluster.scheduling.scheduler import Scheduler
 from oneira.cluster.serving.engine import Engine
 from oneira.cluster.serving.models import load_models
+from oneira.cluster.serving.pacing import Late
 from oneira.cluster.serving.residency import Residents, networks_of, size_of
 from oneira.cluster.serving.service import Service
 from oneira.multimodal.stages import PictureRequest, through
@@ -63,6 +64,9 @@ class Books:
             found = self.scheduler.out_of_memory(use.number)
             self.hear()
             return found
+
+    def expect(self, model):
+        return self.scheduler.expect("here", "d", model=model, slots=0)
 
     def hear(self):
         while events := self.scheduler.events():
@@ -179,6 +183,22 @@ def test_where_memory_is_short_others_leave_and_the_step_is_made_once_more(tiny)
     with pytest.raises(Busy, match="memory is full"):  # there is nothing left to send away
         asyncio.run(main())
     assert failures == [1, 1]
+
+
+def test_bringing_a_model_counts_where_a_request_has_a_deadline(tiny):
+    books = Books(int(1.5 * size(tiny)))
+    residents = Residents(NAMES[:2], tiny, books)
+    books.scheduler.restoring._measured["tiny", "cold"] = 3.0
+
+    async def main():
+        engine, service = serving(residents)
+        soon = asyncio.get_running_loop().time() + 2
+        with pytest.raises(Late, match=r"wait for 3\.0"):
+            await service.draw("tiny", [PictureRequest(prompt="a")], until=soon)
+        await service.draw("other", [PictureRequest(prompt="a")], until=soon)
+        await engine.close()
+
+    asyncio.run(main())
 
 
 def test_a_warm_model_comes_back_without_its_files(tiny):

@@ -9,6 +9,7 @@ import json
 import re
 import struct
 import threading
+import time
 import zlib
 
 import httpx2
@@ -24,6 +25,7 @@ from oneira.cluster.serving.application import must_live
 from oneira.cluster.serving.engine import Engine
 from oneira.cluster.serving.line import Line
 from oneira.cluster.serving.models import load_models
+from oneira.cluster.serving.pacing import Pace
 from oneira.cluster.serving.pictures import Shelf
 from oneira.cluster.serving.service import Service
 from oneira.platform.errors import ClusterError
@@ -489,3 +491,68 @@ def test_the_dashboard_shows_all_that_is_exported_and_nothing_else(site):
     assert labels <= set(re.findall(r'[{,](\w+)="', text))
     places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]}
     assert len(places) == len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+# Deadlines ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def slow_site(tiny):
+    """A step takes 50 ms; what requests take is measured."""
+    made = Site(tiny, "patient")
+    assert made.post(GENERATE, json=GOOD | {"steps": 4}).status_code == 200
+    yield made
+    made.close()
+
+
+def by(milliseconds):
+    return {"X-Deadline-Ms": str(milliseconds)}
+
+
+@pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "soon", "3600001", "9" * 30])
+def test_a_deadline_is_a_number_of_milliseconds(slow_site, value):
+    answer = slow_site.post(GENERATE, json=GOOD, headers=by(value))
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_deadline"
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+def test_who_asks_for_more_than_its_deadline_allows_is_refused_at_once(slow_site, more):
+    decoder = slow_site.stages[2]
+    before, began = len(decoder.batches), time.perf_counter()
+    answer = slow_site.post(GENERATE, json=GOOD | {"steps": 40} | more, headers=by(2000))
+    assert answer.status_code == 429 and time.perf_counter() - began < 1
+    assert answer.json()["error"]["code"] == "deadline" and int(answer.headers["retry-after"]) >= 1
+    assert len(decoder.batches) == before and slow_site.service.line.taken == 0
+    assert slow_site.post(GENERATE, json=GOOD | {"steps": 4} | more, headers=by(60_000)).status_code == 200
+
+
+def test_only_the_stages_that_an_answer_needs_count(slow_site):
+    words = {"model": "patient", "input": ["a"]}
+    assert slow_site.post(EMBED, json=words).status_code == 200
+    assert slow_site.post(EMBED, json=words | {"input": ["b"]}, headers=by(150)).status_code == 200
+
+
+def test_who_waits_in_line_in_vain_is_refused(slow_site):
+    line = slow_site.service.line
+    line.taken, line._seconds, before = line.places, 5.0, line._seconds
+    try:
+        answer = slow_site.post(GENERATE, json=GOOD | {"steps": 4}, headers=by(4000))
+    finally:
+        line.taken, line._seconds = 0, before
+    assert answer.status_code == 429 and 1 <= int(answer.headers["retry-after"]) <= 3
+
+
+def test_what_takes_longer_than_expected_ends_at_its_deadline(slow_site, monkeypatch):
+    monkeypatch.setattr(slow_site.service, "_pace", Pace())  # nothing was measured
+    began = time.perf_counter()
+    answer = slow_site.post(GENERATE, json=GOOD | {"steps": 100}, headers=by(400))
+    assert answer.status_code == 429 and 0.3 < time.perf_counter() - began < 2
+    assert slow_site.engine.under_way == slow_site.service.line.taken == slow_site.service.line.waiting == 0
+
+
+def test_the_document_says_what_a_deadline_is(site):
+    paths = site.ask("GET", "/openapi.json").json()["paths"]
+    named = [
+        path for path, of in paths.items() if "post" in of and of["post"]["parameters"][0]["name"] == "X-Deadline-Ms"
+    ]
+    assert named == [path for path, of in paths.items() if "post" in of]

@@ -1,0 +1,55 @@
+"""How long requests take, as measured, and who is told at once that there is no time for theirs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from oneira.multimodal.stages import PictureRequest
+
+from .sampling import SampleRequest
+
+SMOOTHING = 0.3  # of measured seconds
+UNKNOWN_WAIT = 30.0  # seconds, told where nobody knows when there will be room
+
+Asked = tuple[int | None, int]  # (steps, None where the model's own number was meant; rows that are made together)
+
+
+class Late(Exception):
+    """There is no time left for a request. `retry_after`: seconds until asking again should do, at least 1."""
+
+    def __init__(self, why: str, seconds: float) -> None:
+        self.retry_after = max(1, math.ceil(min(seconds, UNKNOWN_WAIT)))
+        super().__init__(f"The request cannot be done by its deadline: {why}.")
+
+
+def asked_of(requests: Sequence[PictureRequest | SampleRequest]) -> Asked:
+    """What the time of one HTTP request depends on."""
+    first = requests[0]
+    if isinstance(first, SampleRequest):
+        return first.params.get("steps"), first.n
+    return first.steps, len(requests)
+
+
+class Pace:
+    """Seconds that a stage works on a request, others in its batch included."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, str], dict[Asked, float]] = {}
+
+    def measure(self, model: str, stage: str, asked: Asked, seconds: float) -> None:
+        """Tells what one request has taken."""
+        of = self._seconds.setdefault((model, stage), {})
+        before = of.pop(asked, seconds)
+        of[asked] = before + SMOOTHING * (seconds - before)
+
+    def seconds(self, model: str, stage: str, asked: Asked) -> float:
+        """What such a request should take: as measured, else as the last one by its steps. 0 where there was none."""
+        of = self._seconds.get((model, stage))
+        if not of:
+            return 0.0
+        if asked in of:
+            return of[asked]
+        last = next(reversed(of))
+        scale = asked[0] / last[0] if asked[0] and last[0] else 1.0
+        return of[last] * scale
