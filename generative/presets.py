@@ -3,7 +3,7 @@
 ae-digits, dae-digits        autoencoder, and one that takes noise away, on digits
 cnn-digits, mlp-digits       classifiers of digits; cnn-things, mlp-things of pictures of one object, by shape and colour
 cnn-cifar10, mlp-cifar10     classifiers of CIFAR-10's photographs, for whoever has a network or the data
-cgan-digits, cgan-things     conditional GAN on digits, and on pictures of one object
+cgan-digits                  a conditional GAN on digits
 dcgan-digits, wgan-digits    GANs on digits: with a critic of likelihoods, and of distances
 ddpm-digits, ddpm-things     diffusion on digits, and on pictures of one object, told the label
 bilstm-captions              a recurrent encoder that reads both ways and fills in hidden words of captions
@@ -132,8 +132,8 @@ def ebm_moons() -> Any:
 
 
 def ebm_digits() -> Any:
-    config = EBMConfig(width=64, steps=30)
-    return _run(EBM, config, DIGITS, steps=4000, lr=3e-4, clip=0.1, ema=0.99, precision="fp32")
+    config = EBMConfig(width=64, steps=20, step=1.4, heat=0.007, sweeps=200)
+    return _run(EBM, config, DIGITS, steps=1500, lr=1e-3, clip=0.1, ema=0.99, precision="fp32")
 
 
 # GANs -----------------------------------------------------------------------------------------------------------------
@@ -155,10 +155,6 @@ def wgan_digits() -> Any:
 
 def cgan_digits() -> Any:
     return _gan(GANConfig(conditional=True), DIGITS, 6000, 0.0)
-
-
-def cgan_things() -> Any:
-    return _gan(GANConfig(conditional=True, width=32, z=48), THINGS, 10_000, 0.0)
 
 
 # Codes ----------------------------------------------------------------------------------------------------------------

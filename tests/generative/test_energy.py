@@ -153,6 +153,21 @@ def test_langevin_draws_from_a_known_energy():
     x = model.langevin(torch.zeros(4000, 2), 300, Noise([(4000, generator())]))
     assert (x.mean(0) - 1).abs().max() < 0.06 and (x.std(0) - 1).abs().max() < 0.06
     assert model.network.centre.requires_grad and model.network.centre.grad is None
+    cooler = EBM(EBMConfig(step=0.3, heat=0.5, buffer=4), model.space)
+    cooler.network = model.network
+    x = cooler.langevin(torch.zeros(4000, 2), 300, Noise([(4000, generator())]))
+    assert (x.mean(0) - 1).abs().max() < 0.04 and (x.std(0) - 0.5).abs().max() < 0.03
+
+
+def test_chains_that_do_not_follow_are_seen():
+    model = EBM(EBMConfig(buffer=64), Space(kind="points", shape=(2,)))
+    model.network = Bowl()
+    true = {"x": 1 + torch.randn(200, 2, generator=generator())}
+    model.buffer.fill_(5.0)
+    scores = model.own_scores(true)
+    assert scores["chains_behind"] == pytest.approx(15, abs=0.5) and "15." in model.alarms(scores)[0][:40]
+    model.buffer.copy_(true["x"][:64])
+    assert abs(model.own_scores(true)["chains_behind"]) < 0.5 and not model.alarms(model.own_scores(true))
 
 
 def test_ebm_learns_two_moons(moons):
