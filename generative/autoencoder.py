@@ -147,7 +147,9 @@ class _Codes(GenerativeModel):
         if labels is not None and (changed := self._changed(batch["x"].cpu(), batch["y"].cpu())) is not None:
             name = f"pictures of label {CHANGED[0]}, and the same with the way in z to label {CHANGED[1]} added, from 0 to 1.5 of it"
             shown[name] = sheet(visible(changed, levels), 8)
-        return shown | {"z of test pictures, a colour a label": scatter(points / points.std() * 1.2, labels=labels)}
+        return shown | {
+            "z of test pictures, a colour a label": scatter(points * (1.2 / (points.std() or 1.0)), labels=labels)
+        }
 
     def _changed(self, x: Tensor, y: Tensor) -> Tensor | None:
         """Pictures of one label a row, on their way to another: attribute arithmetic. None where there are too few."""

@@ -169,8 +169,13 @@ def _check_inverse(model: Any, data: dict[str, Tensor]) -> Iterator[str]:
             yield f"`decode` undoes `encode` only up to {error:.1e}; allowed is {TOLERANCE:.0e}."
     elif not torch.equal(back, data["x"]):
         yield f"`decode` does not undo `encode`: {int((back != data['x']).sum())} pixels differ."
-    z = torch.randn(z.shape, generator=model.generator(2), device=z.device)
     if hasattr(model, "transform"):
+        x = model.to_real(data["x"], model.generator(4))
+        with torch.no_grad():
+            error = float((model.invert(model.transform(x)[0]) - x).abs().max())
+        if not error <= TOLERANCE:
+            yield f"`invert` undoes `transform` only up to {error:.1e}; allowed is {TOLERANCE:.0e}."
+        z = torch.randn(z.shape, generator=model.generator(2), device=z.device)
         with torch.no_grad():
             error = float((model.transform(model.invert(z))[0] - z).abs().max())
         if not error <= 10 * TOLERANCE:  # `invert` leaves the data, where maps may be steep

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 JSON = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-MOST = 100_000  # samples of one command
+MOST = 10_000  # samples of one command, which are drawn together
 
 
 def register(app: typer.Typer) -> None:

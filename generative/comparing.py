@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oneira.platform.errors import DataError
+from oneira.platform.errors import DataError, UsageError
 from oneira.platform.report import Report
 from oneira.platform.runs import Run
 
@@ -21,6 +21,7 @@ from .scores import SAMPLES, classifier_scores, samples_per_second
 from .settings import ModelRun, report_pictures, samples_picture
 
 TIMED = 16  # samples
+JUDGED, FEATURE = ("obeyed",), "feature_"  # scores that hang on a classifier
 TEXTS = 3  # texts of a model that are shown
 
 
@@ -38,14 +39,19 @@ def describe_run(name: str, classifier: Classifier | Inception | None = None) ->
     model = load_model(run.path)
     picture = samples_picture(run)
     scores = json.loads(scores_of(run).read_text(encoding="utf-8"))
+    judge, note = run.config.classifier, ""
     if classifier is not None and model.can_sample:
-        scores |= classifier_scores(model, first_rows(run.config.dataset(), "test", SAMPLES)["x"], classifier)
+        judge, scores = "", {key: value for key, value in scores.items() if key not in JUDGED and key[:8] != FEATURE}
+        try:
+            scores |= classifier_scores(model, first_rows(run.config.dataset(), "test", SAMPLES)["x"], classifier)
+        except UsageError as error:
+            note = str(error)
     return {
         "run": run.name, "path": str(run.path), "model": model.kind, "data": run.config.data.name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_s": sum(line["seconds"] for line in run.metrics("stage") if line["name"] == "fit"),
         "samples_per_s": samples_per_second(model, TIMED, time.perf_counter) if model.can_sample else None,
-        "scores": scores,
+        "scores": scores, "judge": judge, "note": note,
         "picture": str(picture) if picture else None,
         "texts": model.sample(TEXTS, 0) if model.space.kind == "text" and model.can_sample else [],
     }  # fmt: skip
@@ -71,7 +77,14 @@ def comparison_page(rows: Sequence[dict[str, Any]], out: Path, classifier: str =
         "training_s: seconds; samples_per_s: a second; each as measured where it was trained or compared.",
     )
     if classifier:
-        page.text(f"feature_...: in the features of the classifier {classifier}.")
+        page.text(f"feature_..., obeyed: by the classifier {classifier}.")
+    for row in rows:
+        if row["note"]:
+            page.text(f"{row['run']} is not judged: {row['note']}")
+        if row["judge"]:
+            page.text(
+                f"feature_..., obeyed of {row['run']}: by the classifier {row['judge']} as it was when that run ended."
+            )
     page.section("Samples", "Drawn with seed 0, not chosen.")
     page.images([(row["picture"], row["run"]) for row in rows if row["picture"]])
     for row in rows:

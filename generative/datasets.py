@@ -171,13 +171,25 @@ def images(config: DataConfig) -> Arrays:
     return Arrays.divide(Space(kind="pictures", shape=found.shape[1:], levels=256, classes=classes), rows)
 
 
+def _in_colours(picture: Any) -> Any:
+    """A picture of any of PIL's modes as RGB: 16 bits a pixel become 8, and what is transparent white."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+
+
 def square(file: Any, size: int, name: str) -> np.ndarray:
     """A picture's file, cut to a square and made `size` pixels wide, uint8 [size, size, 3]. Raises DataError with its name."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(file) as picture:
-            return np.asarray(ImageOps.fit(ImageOps.exif_transpose(picture).convert("RGB"), (size, size)))
+            return np.asarray(ImageOps.fit(_in_colours(ImageOps.exif_transpose(picture)), (size, size)))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"'{name}' cannot be read as a picture: {error}") from error
 
@@ -191,15 +203,18 @@ def array(config: DataConfig) -> Arrays:
         raise DataError(f"'{path}' cannot be read as an array: {error}") from error
     if found.dtype == np.uint8 and found.ndim == 4 and found.shape[-1] in (1, 3):
         return Arrays.divide(Space(kind="pictures", shape=found.shape[1:], levels=256), {"x": found})
-    if found.dtype.kind == "f" and found.ndim == 2 and np.isfinite(found).all():
-        return Arrays.divide(Space(kind="points", shape=found.shape[1:]), {"x": found.astype(np.float32)})
+    if found.dtype.kind == "f" and found.ndim == 2:
+        with np.errstate(over="ignore"):
+            points = found.astype(np.float32)
+        if np.isfinite(points).all():
+            return Arrays.divide(Space(kind="points", shape=points.shape[1:]), {"x": points})
     raise DataError(
-        f"'{path}' holds {found.dtype} {list(found.shape)}; allowed are uint8 [N, H, W, 1 or 3] and finite floats [N, D]."
+        f"'{path}' holds {found.dtype} {list(found.shape)}; allowed are uint8 [N, H, W, 1 or 3] and floats [N, D] that are finite in float32."
     )
 
 
 def texts(config: DataConfig) -> Arrays:
-    """A .txt file, or all of a folder, cut into rows of `length` tokens, int64 [N, length]."""
+    """A .txt file, or all of a folder, cut into rows of `length` tokens of which each begins with BEGIN, int64 [N, length]."""
     path = _path(config)
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     try:
@@ -209,11 +224,11 @@ def texts(config: DataConfig) -> Arrays:
     if not any(documents):
         raise DataError(f"'{path}' holds no text.")
     tokenizer = learn_tokens(documents, config.vocabulary)
-    stream = [token for text in tokenizer.encode_batch(documents) for token in (BEGIN, *text.ids, END)]
-    whole = len(stream) // config.length * config.length
-    return Arrays.divide(
-        text_space(tokenizer, config.length), {"x": np.array(stream[:whole]).reshape(-1, config.length)}
-    )
+    stream = [token for text in tokenizer.encode_batch(documents) for token in (*text.ids, END)]
+    piece = config.length - 1
+    pieces = np.array(stream[: len(stream) // piece * piece], np.int64).reshape(-1, piece)
+    rows = np.concatenate([np.full((len(pieces), 1), BEGIN), pieces], 1)
+    return Arrays.divide(text_space(tokenizer, config.length), {"x": rows})
 
 
 def learn_tokens(documents: list[str], vocabulary: int) -> Any:
@@ -228,6 +243,7 @@ def learn_tokens(documents: list[str], vocabulary: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.encode_special_tokens = True  # "[EOS]" in a text is five letters
     return tokenizer
 
 

@@ -14,6 +14,7 @@ Legend: B pictures, C H W channels, rows and columns, K steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ from .spaces import Space, sheet, visible
 
 LEFT_OUT = 0.1  # the share of rows whose label is left out in training
 INVERSION = 50  # steps of `encode`
+PAINTING = 100  # of `complete`
 TOGETHER = 256  # rows that one pass of the network takes in `sample`
 
 
@@ -104,7 +106,9 @@ class DDPM(GenerativeModel):
             return None
         labels = torch.full((count,), self.space.classes) if labels is None else labels
         if len(labels) != count or labels.min() < 0 or labels.max() > self.space.classes:
-            raise UsageError(f"Wanted are {count} labels in [0, {self.space.classes}).")
+            raise UsageError(
+                f"Wanted are {count} labels in [0, {self.space.classes}), or {self.space.classes} for none."
+            )
         return labels.to(self.device)
 
     def draw(
@@ -122,6 +126,8 @@ class DDPM(GenerativeModel):
             guidance = 1.0  # there is nothing to be guided by
         elif labels is None:
             labels = noise.places % self.space.classes
+        if not math.isfinite(guidance):
+            raise UsageError(f"guidance is {guidance}; it must be finite.")
         told = self._labels(labels, len(noise))
         rows = [self._begin(seed, i, steps or self.config.steps, sampler, guidance) for seed, i in noise.rows]
         return self._finish(rows, told)
@@ -149,20 +155,24 @@ class DDPM(GenerativeModel):
         return network
 
     @torch.no_grad()
-    def complete(
-        self, x: Tensor, known: Tensor, seed: int, *, steps: int = 100, labels: Tensor | None = None
-    ) -> Tensor:
+    def complete(self, x: Tensor, known: Tensor, seed: int, *, steps: int = 0, labels: Tensor | None = None) -> Tensor:
         """Pictures of which the pixels `known` (bool [n, H, W, C] or one picture's) are given, the others painted in.
 
-        At each step, what is known is put in place with as much noise as the step has (Lugmayr et al. 2022, eq. 8).
+        At each step, what is known is put in place with as much new noise as the step has (Lugmayr et al. 2022, eq. 8; their
+        repeated steps are not done). steps: 0 means 100, or all where the schedule has fewer.
         """
+        steps = steps or min(PAINTING, self.config.schedule.timesteps)
         true, known = self._real(x.to(self.device)), known.to(self.device).expand(x.shape).permute(0, 3, 1, 2)
-        rows = [self._begin(seed, i, steps, "ddpm") for i in range(len(x))]
-        noise, network = [row.x for row in rows], self._network(self._labels(labels, len(x)))
+        told = self._labels(labels, len(x))
+        rows = [
+            self._begin(seed, i, steps, "ddpm", self.config.guidance if told is not None else 1.0)
+            for i in range(len(x))
+        ]
+        noise, network = Noise([(1, self.generator(row.seed)) for row in rows]), self._network(told)
         while not rows[0].done:
             alpha, sigma = self.config.schedule.at(rows[0].timestep)
-            for row, picture, mask, its in zip(rows, true, known, noise, strict=True):
-                row.x = torch.where(mask, alpha * picture + sigma * its.to(picture), row.x.to(picture))
+            for row, picture, mask, its in zip(rows, true, known, noise.normal(*self._shape), strict=True):
+                row.x = torch.where(mask, alpha * picture + sigma * its, row.x.to(picture))
             advance(rows, network, self.config.schedule, self.config.prediction, clip=1.0, device=self.device)
         found = self._rows(torch.stack([row.x for row in rows]))
         return torch.where(known.permute(0, 2, 3, 1), x.to(found), found)

@@ -3,8 +3,8 @@
     p(x) is in proportion to exp(-E(x));  x <- x - (step^2 / 2) dE/dx + step * noise        (their eq. 2)
 
 Training lowers the energy of data and raises that of the chains' rows. The chains go on from step to step; a few begin anew
-each time, from noise. Chains that find rows of much lower energy than all data mean that training falls apart: the alarm
-ends it. Energies tell what is unlike the data: `ood_score`.
+each time, from noise. Chains that find rows of much lower energy than all data, or none near it, mean that training falls apart: the
+alarm ends it. Energies tell what is unlike the data: `ood_score`.
 
 Legend: B rows, R rows of the buffer. Pixels are seen as numbers in [-1, 1].
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,11 +21,12 @@ from oneira.platform.errors import ConfigError, NumericalError
 
 from .models import GenerativeModel
 from .noise import Noise
+from .scores import unlike_score
 from .spaces import Space
 
 FARTHEST = 0.5  # that one step follows the slope, in each number of a row
 BEHIND = 3.0  # nats by which the chains' energy may lie above the data's after training
-ALARM = 50.0  # nats by which the chains' energy may lie below the data's, on average
+ALARM = 50.0  # nats by which the energies of chains and data may differ, on average
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +118,9 @@ class EBM(GenerativeModel):
             self.buffer[rows] = end
         e_true, e_chains = self.energy(true), self.energy(end)
         gap = e_true.mean() - e_chains.mean()
-        if gap.item() > ALARM:
+        if abs(gap.item()) > ALARM:
             raise NumericalError(
-                f"Training falls apart: the chains' energy lies {gap.item():.1f} nats below the data's; {ALARM:g} are allowed. "
+                f"Training falls apart: the energies of chains and data lie {gap.item():.1f} nats apart; {ALARM:g} are allowed. "
                 "Try a lower lr, more `steps`, or a larger `pull`."
             )
         pull = self.config.pull * (e_true.square().mean() + e_chains.square().mean())
@@ -138,14 +138,11 @@ class EBM(GenerativeModel):
         return self.energy(self._real(x.to(self.device)))
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """ood_auroc: how often a true row has a lower energy than one made of noise; 0.5 is knowing nothing (AUROC).
-        chains_behind: nats by which the energy of the buffer's rows lies above that of true ones, on average."""
-        generator = self.generator(0)
-        noise = self._noise(len(batch["x"]), generator)
+        """ood_auroc: see `scores.unlike_score`. chains_behind: nats by which the energy of the buffer's rows lies above that of
+        true ones, on average."""
         with torch.no_grad():
-            low, high = self.ood_score(batch["x"]), self.energy(noise)
-            behind = self.energy(self.buffer).mean() - low.mean()
-        return {"ood_auroc": auroc(high.cpu().numpy(), low.cpu().numpy()), "chains_behind": float(behind)}
+            behind = self.energy(self.buffer).mean() - self.ood_score(batch["x"]).mean()
+        return {**unlike_score(self, batch["x"]), "chains_behind": float(behind)}
 
     def alarms(self, scores: Mapping[str, float]) -> list[str]:
         if not (behind := scores.get("chains_behind", 0.0)) > BEHIND:
@@ -154,11 +151,6 @@ class EBM(GenerativeModel):
             f"The chains' energy lies {behind:.1f} nats above the data's: they do not reach what the network calls likely, and "
             "samples do not look like data. Try a larger step with less heat, or more steps."
         ]
-
-
-def auroc(high: np.ndarray, low: np.ndarray) -> float:
-    """The share of pairs in which the value of `high` [N] is above that of `low` [M]; equal ones count half."""
-    return float(((high[:, None] > low[None]) + 0.5 * (high[:, None] == low[None])).mean())
 
 
 def _points_network(space: Space, width: int) -> nn.Module:

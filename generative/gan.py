@@ -30,7 +30,7 @@ from oneira.platform.errors import ConfigError, UsageError, did_you_mean
 
 from .models import GenerativeModel
 from .noise import Noise
-from .scores import coverage, features_of
+from .scores import NEIGHBOURS, coverage, features_of
 from .spaces import Space
 
 OBJECTIVES = ("dcgan", "wgan-gp")
@@ -106,7 +106,8 @@ class GAN(GenerativeModel):
             return F.binary_cross_entropy_with_logits(said, wanted) + F.softplus(other).mean(), gap
         share = torch.rand(len(true), 1, 1, 1, generator=generator, device=true.device)
         between = torch.lerp(true, painted, share).requires_grad_()
-        (slope,) = torch.autograd.grad(self.critic(between, labels).sum(), between, create_graph=True)
+        with torch.enable_grad():  # where the loss is only measured, too
+            (slope,) = torch.autograd.grad(self.critic(between, labels).sum(), between, create_graph=True)
         steepness = slope.flatten(1).norm(dim=1)
         return -gap + self.config.penalty * (steepness - 1).square().mean(), gap
 
@@ -143,6 +144,8 @@ class GAN(GenerativeModel):
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """mode_collapse: 1.0 where the samples lie near so few true rows that the painter paints only some kinds."""
+        if len(batch["x"]) < NEIGHBOURS:
+            return {}
         true, drawn = batch["x"].cpu()[:1000], self.sample(min(1000, len(batch["x"])), 0).cpu()
         found = coverage(features_of(true, self.space), features_of(drawn, self.space))
         return {"mode_collapse": float(found < COLLAPSED)}

@@ -273,7 +273,18 @@ def read_gpt2(folder: str | Path) -> GPT:
     except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"'{folder}' holds no GPT-2 that can be read: {error}") from error
     wanted = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-    wrong = [f"{key} is {card.get(key)!r}, not {value!r}" for key, value in wanted.items() if card.get(key) != value]
+    usual = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    }
+    said = usual | card
+    wrong = [
+        f"{key} is {said.get(key)!r}, not {value!r}"
+        for key, value in (wanted | usual).items()
+        if said.get(key) != value
+    ]
     if card.get("n_inner") not in (None, 4 * card.get("n_embd", 0)):
         wrong.append(f"n_inner is {card['n_inner']}, not four times the width")
     if wrong:
@@ -287,6 +298,8 @@ def read_gpt2(folder: str | Path) -> GPT:
     model = GPT(config, space)
     try:
         model.load_state_dict(_renamed(weights, config.layers))
+        if "lm_head.weight" in weights and not torch.equal(weights["lm_head.weight"].float(), model.embedding.weight):
+            raise RuntimeError("lm_head differs from wte")
     except (KeyError, RuntimeError) as error:
         raise DataError(f"The weights in '{folder}' are not those of its config: {error}") from error
     return model.eval()

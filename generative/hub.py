@@ -4,13 +4,14 @@
     oneira train gpt-captions --set data.name=hub --set data.path=FOLDER          # of Parquet files that are already here
 
 Of several columns, pictures are what the hub calls an image (a struct with "bytes"), labels the whole numbers whose name has
-"label" in it, texts the column "text" or else the first of strings. Files belong to the split that their path names; without
-a test split, rows are divided at random as the user's own files are.
+"label" in it, texts the column "text" or else the first of strings. Files belong to the split that a word of
+their path names; without a test and a validation split, rows are divided at random as the user's own files are.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,14 +39,24 @@ def hub(config: DataConfig) -> Arrays:
         DataError: the hub cannot be reached and holds no copy here, there is no such data set, or it has no rows that a model takes.
     """
     files = _files(config.path)
-    train = [file for name, file in files if "test" not in name and "valid" not in name]
-    test = [file for name, file in files if "test" in name]
+    splits: dict[Split, list[Path]] = {"train": [], "validation": [], "test": []}
+    for name, file in files:
+        splits[_split_of(name)].append(file)
+    train = splits["train"]
     if not train:
         raise DataError(f"'{config.path}' has no training rows: {', '.join(name for name, _ in files)}.")
     pictures, labels, texts = _columns(train[0], config.path)
     if pictures:
-        return _pictures(config, train, test, pictures, labels)
-    return _texts(config, train, test, texts)
+        return _pictures(config, splits, pictures, labels)
+    return _texts(config, splits, texts)
+
+
+def _split_of(name: str) -> Split:
+    """The split that a file's path names by one of its words; "train" where there is none."""
+    words = set(re.split(r"[^a-z]+", name))
+    if words & {"validation", "valid", "val", "dev"}:
+        return "validation"
+    return "test" if "test" in words else "train"
 
 
 def _files(path: str) -> list[tuple[str, Path]]:
@@ -106,7 +117,7 @@ def _rows(files: list[Path], columns: list[str]) -> Iterator[dict[str, Any]]:
             raise DataError(f"'{file}' cannot be read as Parquet: {error}") from error
 
 
-def _pictures(config: DataConfig, train: list[Path], test: list[Path], column: str, label: str) -> Arrays:
+def _pictures(config: DataConfig, splits: dict[Split, list[Path]], column: str, label: str) -> Arrays:
     def read(files: list[Path]) -> Rows:
         found: list[np.ndarray] = []
         labels: list[int] = []
@@ -120,30 +131,39 @@ def _pictures(config: DataConfig, train: list[Path], test: list[Path], column: s
             raise DataError(f"'{config.path}' has a split without rows.")
         return {"x": np.stack(found)} | ({"y": np.array(labels, np.int64)} if label else {})
 
-    rows, held = read(train), read(test) if test else None
-    classes = 1 + max(int(part["y"].max()) for part in (rows, held or rows)) if label else 0
-    if label and not (min(int(part["y"].min()) for part in (rows, held or rows)) >= 0 and classes <= MOST_CLASSES):
+    rows = {split: read(files) for split, files in splits.items() if files}
+    classes = 1 + max(int(part["y"].max()) for part in rows.values()) if label else 0
+    if label and not (min(int(part["y"].min()) for part in rows.values()) >= 0 and classes <= MOST_CLASSES):
         raise DataError(f"'{config.path}' has labels that are no numbers from 0 to {MOST_CLASSES}.")
-    return _divided(Space(kind="pictures", shape=rows["x"].shape[1:], levels=256, classes=classes), rows, held)
+    space = Space(kind="pictures", shape=rows["train"]["x"].shape[1:], levels=256, classes=classes)
+    return _divided(space, rows)
 
 
-def _texts(config: DataConfig, train: list[Path], test: list[Path], column: str) -> Arrays:
-    texts, held = ([row[column] or "" for row in _rows(files, [column])] for files in (train, test))
-    if not any(texts):
+def _texts(config: DataConfig, splits: dict[Split, list[Path]], column: str) -> Arrays:
+    texts = {
+        split: [row[column] or "" for row in _rows(files, [column])] for split, files in splits.items() if files
+    }  # fmt: skip
+    if not any(texts["train"]):
         raise DataError(f"'{config.path}' holds no text.")
-    tokenizer = learn_tokens(texts, config.vocabulary)
-    space = text_space(tokenizer, config.length)
-    rows, other = ({"x": token_rows(tokenizer, part, config.length)} for part in (texts, held))
-    return _divided(space, rows, other if held else None)
+    tokenizer = learn_tokens(texts["train"], config.vocabulary)
+    rows: dict[Split, Rows] = {
+        split: {"x": token_rows(tokenizer, part, config.length)} for split, part in texts.items() if part
+    }
+    return _divided(text_space(tokenizer, config.length), rows)
 
 
-def _divided(space: Space, rows: Rows, held: Rows | None) -> Arrays:
-    if held is None:
-        return Arrays.divide(space, rows)
-    order = np.random.default_rng(0).permutation(len(rows["x"]))
+def _divided(space: Space, rows: dict[Split, Rows]) -> Arrays:
+    """The three splits of what there is: a validation split alone is measured on, and one that lacks is a part of the training rows."""
+    if "test" not in rows and "validation" in rows:
+        rows = {"train": rows["train"], "test": rows["validation"]}
+    if "test" not in rows:
+        return Arrays.divide(space, rows["train"])
+    if "validation" in rows:
+        return Arrays(space, rows)
+    order = np.random.default_rng(0).permutation(len(rows["train"]["x"]))
     first = max(1, int(len(order) * VALIDATION))
     if first >= len(order):
         raise DataError(f"{len(order)} rows are too few to train on and to measure on.")
     places: dict[Split, np.ndarray] = {"validation": order[:first], "train": order[first:]}
-    splits: dict[Split, Rows] = {name: {k: v[at] for k, v in rows.items()} for name, at in places.items()}
-    return Arrays(space, {"test": held, **splits})
+    parts: dict[Split, Rows] = {name: {k: v[at] for k, v in rows["train"].items()} for name, at in places.items()}
+    return Arrays(space, rows | parts)

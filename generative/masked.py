@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .choosing import draw, narrowed
+from .choosing import check_choice, draw, narrowed
 from .models import GenerativeModel
 from .spaces import PAD, Space
 
@@ -64,6 +64,7 @@ class MaskedTextModel(GenerativeModel):
     @torch.no_grad()
     def complete(self, x: Tensor, known: Tensor, seed: int, *, temperature: float = 1.0) -> Tensor:
         """Tokens int64 [B, L] with those filled in that are not `known` (bool [B, L]): at each step the place that is surest."""
+        check_choice(temperature, 0, 1.0)
         x = torch.where(known.to(self.device), x.to(self.device), self.hiding)
         uniform = torch.rand(x.shape, generator=self.generator(seed), device=self.device)
         while (open_ := x == self.hiding).any():

@@ -79,12 +79,14 @@ class GenerativeModel(nn.Module, ABC):
             settings: see the family's `draw`.
 
         Raises:
-            UsageError: a model that cannot be sampled from, a negative seed, a setting that makes no sense.
+            UsageError: a model that cannot be sampled from, no rows, a negative seed, a setting that makes no sense.
         """
         return self.draw(self.noise([(n, seed)]), **settings)
 
     def noise(self, groups: Sequence[tuple[int, int]]) -> Noise:
         """The noise of groups (rows, seed) that are drawn together, each as if it were alone."""
+        if any(n < 1 for n, _ in groups):
+            raise UsageError(f"{min(n for n, _ in groups)} rows are asked for; it must be at least 1.")
         return Noise([(n, self.generator(seed)) for n, seed in groups])
 
     def precise(self) -> Self:

@@ -216,7 +216,8 @@ def logistic_log_prob(parameters: Tensor, values: Tensor, levels: int) -> Tensor
     x = (values.to(means.dtype) * 2 * half - 1)[..., None]  # as the pictures are given to the network
     inverse = torch.exp(-log_scales.clamp(min=-7))
     upper, lower = (x - means + half) * inverse, (x - means - half) * inverse
-    inside = torch.log((torch.sigmoid(upper) - torch.sigmoid(lower)).clamp(min=1e-12))
+    # log(sigmoid(u) - sigmoid(l)) = log sigmoid(u) + log sigmoid(-l) + log(1 - e^(l - u)): exact far out on both sides.
+    inside = F.logsigmoid(upper) + F.logsigmoid(-lower) + torch.log(-torch.expm1(-2 * half * inverse))
     value = values[..., None]
     log_prob = torch.where(
         value == 0, F.logsigmoid(upper), torch.where(value == levels - 1, F.logsigmoid(-lower), inside)

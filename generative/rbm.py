@@ -24,6 +24,7 @@ from oneira.platform.errors import ConfigError
 
 from .models import GenerativeModel
 from .noise import Noise
+from .scores import unlike_score
 from .spaces import Space
 
 
@@ -126,5 +127,11 @@ class RBM(GenerativeModel):
             total += F.logsigmoid(self.free_energy(flipped) - plain)
         return total
 
+    @torch.no_grad()
+    def ood_score(self, x: Tensor) -> Tensor:
+        """How unlike the data pictures are, float32 [B]: their free energy. Compare it between rows of one model only."""
+        return self.free_energy(self.shares(x.to(self.device)))
+
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        return {"pseudo_log_likelihood": float(self.pseudo_log_likelihood(self.shares(batch["x"])).mean())}
+        likelihood = self.pseudo_log_likelihood(self.shares(batch["x"])).mean()
+        return {"pseudo_log_likelihood": float(likelihood), **unlike_score(self, batch["x"])}

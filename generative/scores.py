@@ -28,6 +28,10 @@ from .spaces import Space
 
 CHUNK = 256  # rows that a model sees at a time
 SAMPLES = 1000  # at most, of the scores by samples
+SPREAD, NEIGHBOURS = (
+    2,
+    6,
+)  # rows of either side that a spread needs at least, and what looks at the fifth neighbour of a row
 
 
 def to_tensors(rows: Rows) -> dict[str, Tensor]:
@@ -100,12 +104,14 @@ def features_of(rows: Any, space: Space) -> np.ndarray:
 
 
 def sample_scores(true: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
-    """All scores of samples [M, D] against true rows [N, D]."""
-    precision, recall = precision_recall(true, drawn)
-    return {
-        "frechet": frechet_distance(true, drawn), "kernel": kernel_distance(true, drawn), "precision": precision,
-        "recall": recall, "coverage": coverage(true, drawn),
-    }  # fmt: skip
+    """The scores of samples [M, D] against true rows [N, D]: those that so many rows allow."""
+    scores, least = {}, min(len(true), len(drawn))
+    if least >= SPREAD:
+        scores = {"frechet": frechet_distance(true, drawn), "kernel": kernel_distance(true, drawn)}
+    if least >= NEIGHBOURS:
+        precision, recall = precision_recall(true, drawn)
+        scores |= {"precision": precision, "recall": recall, "coverage": coverage(true, drawn)}
+    return scores
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -153,6 +159,25 @@ def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _radii(points: np.ndarray, k: int) -> np.ndarray:
     return np.partition(_distances(points, points), k, axis=1)[:, k]  # place 0 is the point itself
+
+
+def auroc(high: np.ndarray, low: np.ndarray) -> float:
+    """The share of pairs in which the value of `high` [N] is above that of `low` [M]; equal ones count half."""
+    return float(((high[:, None] > low[None]) + 0.5 * (high[:, None] == low[None])).mean())
+
+
+def mixed_up(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Rows [N, ...] of which each number is that of another row: every number is as in the data, their company is not."""
+    flat = x.flatten(1)
+    order = torch.rand(flat.shape, generator=generator, device=generator.device).argsort(0)
+    return flat.gather(0, order.to(x.device)).reshape(x.shape)
+
+
+def unlike_score(model: Any, x: Tensor) -> dict[str, float]:
+    """How often a model's `ood_score` puts a true row of x below one that `mixed_up` made: 0.5 is knowing nothing."""
+    with torch.no_grad():
+        low, high = model.ood_score(x), model.ood_score(mixed_up(x, model.generator(0)))
+    return {"ood_auroc": auroc(high.cpu().numpy(), low.cpu().numpy())}
 
 
 def samples_per_second(model: GenerativeModel, count: int, clock: Callable[[], float]) -> float:

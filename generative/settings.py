@@ -48,6 +48,8 @@ class ModelRun:
     workers: int = 1
 
     def __post_init__(self) -> None:
+        if self.checks < 1:
+            raise ConfigError(f"checks is {self.checks}; it must be at least 1.")
         if self.workers < 1 or self.training.batch_size % self.workers:
             raise ConfigError(
                 f"workers is {self.workers}; it must be at least 1 and divide the batch of {self.training.batch_size} rows."

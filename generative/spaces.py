@@ -75,7 +75,9 @@ class Space:
 
         if not self.tokenizer:
             raise UsageError(f"Rows of this model are {self.kind}; only texts have a tokenizer.")
-        return Tokenizer.from_str(self.tokenizer)
+        tokenizer = Tokenizer.from_str(self.tokenizer)
+        tokenizer.encode_special_tokens = True  # which its JSON does not say: "[EOS]" in a text is five letters
+        return tokenizer
 
     def require(self, kind: str, model: str) -> None:
         """Raises ConfigError unless the rows are of this kind."""
@@ -106,7 +108,10 @@ def scatter(points: np.ndarray, side: int = 320, labels: np.ndarray | None = Non
     """The first two coordinates of points [N, D] as dots, uint8 [side, side, 3], in a colour for each label int [N]; what
     shows is [-3, 3] both ways."""
     page = np.full((side, side, 3), 255, np.int32)
-    places = np.round((np.asarray(points)[:, :2] / 6 + 0.5) * (side - 1)).astype(int)
+    points = np.asarray(points)
+    if points.shape[1] == 1:
+        points = np.concatenate([points, 0 * points], 1)
+    places = np.round((points[:, :2] / 6 + 0.5) * (side - 1)).astype(int)
     colours = INKS[np.zeros(len(places), int) if labels is None else np.asarray(labels) % len(INKS)]
     inside = ((places >= 1) & (places < side - 1)).all(1)
     places, darker = places[inside], (255 - colours[inside]) * 2 // 3
@@ -119,8 +124,7 @@ def picture_of(samples: Any, space: Space) -> np.ndarray:
     """Samples of points or pictures as one picture, uint8 [H, W, 3]."""
     space.require("points" if space.kind == "points" else "pictures", "a contact sheet")
     if space.kind == "points":
-        points = np.asarray(samples)
-        return scatter(points if points.shape[1] > 1 else np.stack([points[:, 0], 0 * points[:, 0]], 1))
+        return scatter(samples)
     return sheet(visible(samples, space.levels))
 
 

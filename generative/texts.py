@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -148,9 +149,13 @@ class TextModel(GenerativeModel):
 
     @torch.no_grad()
     def token_log_probs(self, text: str) -> list[tuple[str, float]]:
-        """Every token of a text, and how probable it was after those before, in nats."""
+        """Every token of a text, and how probable it was after those before, in nats. Of a letter of several tokens the last
+        one has it, those before have ""."""
         tokens, reader = self.tokens_of(text), self.space.reader()
+        if tokens.shape[1] == 1:
+            return []
         found = self.logits(tokens[:, :-1]).float().log_softmax(-1)[0].gather(1, tokens[0, 1:, None])[:, 0]
-        return [
-            (reader.decode([token]), value) for token, value in zip(tokens[0, 1:].tolist(), found.tolist(), strict=True)
-        ]
+        ids = tokens[0, 1:].tolist()
+        so_far = ["", *(reader.decode(ids[: place + 1]).rstrip("\ufffd") for place in range(len(ids)))]
+        pieces = [after[len(before) :] for before, after in pairwise(so_far)]
+        return list(zip(pieces, found.tolist(), strict=True))

@@ -122,7 +122,7 @@ def fit(
             lower is better. Must be a pure function of the weights.
 
     Raises:
-        NumericalError: a loss or gradient is not finite; model and checkpoint keep the last good step.
+        NumericalError: a loss or gradient is not finite, or the model says so; model and checkpoint keep the last good step.
         CheckpointError: the checkpoint `name` is of another model or settings, or cannot be written.
     """
     device = device_here() if device is None else device
@@ -170,7 +170,9 @@ class _State:
             list(self.parameters.values()), lr=settings.lr, betas=(settings.beta1, 0.999),
             weight_decay=settings.weight_decay, fused=True,
         )  # fmt: skip
-        self.average = {key: p.detach().clone() for key, p in self.parameters.items()} if settings.ema else {}
+        # What is averaged: parameters, and what batch norms found of the rows that these parameters make.
+        self.averaged = self.parameters | _statistics(model)
+        self.average = {key: p.detach().clone() for key, p in self.averaged.items()} if settings.ema else {}
         self.best: dict[str, Tensor] = {}  # of all that was validated: the whole state_dict
         self.best_value, self.waited = math.inf, 0
         self.precision = pick_precision(settings.precision, place)
@@ -190,7 +192,7 @@ class _State:
                 tensors[f"{kind}.{key}"] = value
         tensors |= {f"best.{key}": value for key, value in self.best.items()}
         meta: dict[str, Any] = {"settings": _identity(self.settings)}
-        return tensors, meta | ({"best": self.best_value, "waited": self.waited} if self.best else {})
+        return tensors, meta | {"waited": self.waited} | ({"best": self.best_value} if self.best else {})
 
     def load(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], step: int) -> None:
         wanted = _identity(self.settings)
@@ -200,9 +202,10 @@ class _State:
             self.model.load_state_dict({key: tensors[f"model.{key}"] for key in self.model.state_dict()})
             for key, value in self.average.items():
                 value.copy_(tensors[f"average.{key}"])
+            self.waited = meta.get("waited", 0)
             if "best" in meta:
                 self.best = {key: tensors[f"best.{key}"].clone() for key in self.model.state_dict()}
-                self.best_value, self.waited = meta["best"], meta["waited"]
+                self.best_value = meta["best"]
             for key, parameter in self.parameters.items():
                 if isinstance(self.model, HasPlayers) and f"step.{key}" not in tensors:
                     continue  # its player had no turn yet
@@ -217,7 +220,7 @@ class _State:
 
     def validate(self, ask: Callable[[Any], float]) -> float:
         """Asks for a value of the averaged weights, and keeps these where they are the best so far."""
-        learning = {key: p.detach().clone() for key, p in self.parameters.items()} if self.average else {}
+        learning = {key: p.detach().clone() for key, p in self.averaged.items()} if self.average else {}
         self._put(self.average)
         value = float(ask(self.model.eval()))
         if value < self.best_value:
@@ -238,7 +241,16 @@ class _State:
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for key, value in values.items():
-            self.parameters[key].copy_(value)
+            self.averaged[key].copy_(value)
+
+
+def _statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The running means and variances of a model's batch norms, by their names in its state_dict."""
+    norms = {name: part for name, part in model.named_modules() if isinstance(part, nn.modules.batchnorm._NormBase)}
+    found = {
+        f"{name}.{key}": getattr(norm, key) for name, norm in norms.items() for key in ("running_mean", "running_var")
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 # Settings that checkpoints of earlier versions do not name, as those were trained.
@@ -281,28 +293,35 @@ def _read(checkpoints: Checkpoints, name: str) -> tuple[Mapping[str, Tensor], Ma
 def _update(state: _State, batch: Any, place: torch.device) -> dict[str, Any]:
     """One optimizer step; counts it only when it was good. Returns what to log."""
     settings, parameters = state.settings, list(state.parameters.values())
+    before = [value.clone() for value in kept_buffers(state.model)]
     state.optimizer.zero_grad(set_to_none=True)
-    with _turn(state) as loss_of:
-        with torch.autocast(place.type, torch.bfloat16, enabled=state.precision is torch.bfloat16):
-            loss, values = loss_of(batch, _generator(settings.seed, state.step, place))
-        loss.backward()
-    loss = average(parameters, loss)
-    norm = nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-        raise NumericalError(
-            f"At step {state.step + 1} the loss is {loss.item()} and its gradient's norm {norm.item()}; "
-            f"both must be finite. The weights of step {state.step} are kept. Try a lower lr than {settings.lr:g}."
-        )
+    try:
+        with _turn(state) as loss_of:
+            with torch.autocast(place.type, torch.bfloat16, enabled=state.precision is torch.bfloat16):
+                loss, values = loss_of(batch, _generator(settings.seed, state.step, place))
+            loss.backward()
+        loss = average(parameters, loss)
+        norm = nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise NumericalError(
+                f"At step {state.step + 1} the loss is {loss.item()} and its gradient's norm {norm.item()}; "
+                f"both must be finite. The weights of step {state.step} are kept. Try a lower lr than {settings.lr:g}."
+            )
+    except NumericalError:
+        for value, old in zip(kept_buffers(state.model), before, strict=True):
+            value.copy_(old)
+        raise
     rate = learning_rate(settings, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
     state.step += 1
-    copy_from_first(kept_buffers(state.model))
+    # The first step may set parameters by its rows, as actnorm does: from then on all have the first process's.
+    copy_from_first(state.model.state_dict().values() if state.step == 1 else kept_buffers(state.model))
     if state.average:
         # Young averages forget faster, or the random first weights would stay in them for 1 / (1 - decay) steps.
         decay = min(settings.ema, (1 + state.step) / (10 + state.step))
-        torch._foreach_lerp_(list(state.average.values()), [p.detach() for p in parameters], 1 - decay)
+        torch._foreach_lerp_(list(state.average.values()), [p.detach() for p in state.averaged.values()], 1 - decay)
     return {"loss": loss, "lr": rate, "grad_norm": norm, **values}
 
 

@@ -115,6 +115,20 @@ def test_logistic_by_hand():
     assert found.tolist() == pytest.approx([1 - s, 2 * s - 1, 1 - s], rel=1e-5)
 
 
+def test_the_logistic_is_exact_and_has_gradients_far_out():
+    values, scale, levels = torch.arange(256), math.exp(-4.0), 256
+    for mean in (-0.9, 0.1, 0.9):
+        found = logistic_log_prob(torch.tensor([0.0, mean, -4.0]), values, levels)
+        upper, lower = ((values.double() * 2 / 255 - 1 - mean + side / 255) / scale for side in (1, -1))
+        # On either side of the mean the difference of the two tails that are small there.
+        below, above = torch.sigmoid(upper) - torch.sigmoid(lower), torch.sigmoid(-lower) - torch.sigmoid(-upper)
+        exact = torch.where(upper + lower > 0, above, below).log()
+        assert torch.allclose(found[1:-1].double(), exact[1:-1], rtol=1e-4, atol=1e-4)
+    parameters = torch.tensor([0.0, -0.9, -4.0], requires_grad=True)
+    logistic_log_prob(parameters, torch.tensor([250]), levels).sum().backward()
+    assert parameters.grad[1] == pytest.approx(1 / scale, rel=1e-3), "the mean is to move towards what was seen"
+
+
 def test_pixelcnn_learns_digits(digits):
     torch.manual_seed(0)
     model = PixelCNN(PixelCNNConfig(width=32, blocks=2), digits.space)
@@ -153,7 +167,7 @@ def taught(request, verses):
 
 def test_tokenizer_keeps_every_text(verses):
     reader = verses.space.reader()
-    for text in [*VERSES, "Zürich  costs 3€ — 猫\n", ""]:
+    for text in [*VERSES, "Zürich  costs 3€ — 猫\n", "a [EOS] b [PAD] c [BOS]", ""]:
         assert reader.decode(reader.encode(text).ids) == text
 
 
@@ -184,6 +198,8 @@ def test_token_probabilities_add_up(taught, verses):
     end = taught.logits(taught.tokens_of(text))[0, -1].log_softmax(-1)[2].item()
     assert taught.log_prob(row).item() == pytest.approx(sum(value for _, value in pairs) + end, abs=1e-4)
     assert taught.log_prob(row).item() == pytest.approx(-math.log(18), abs=0.7), "one of 18 verses"
+    assert "".join(token for token, _ in taught.token_log_probs("Zü 猫")) == "Zü 猫"
+    assert taught.token_log_probs("") == []
 
 
 def test_advancing_agrees_with_a_whole_pass(taught):

@@ -14,6 +14,7 @@ from oneira.generative.datasets import (
     first_rows,
     learn_tokens,
     load_data,
+    square,
     token_rows,
 )
 from oneira.generative.spaces import BEGIN, END, PAD, Space, check_format, scatter, sheet, visible, write_samples
@@ -69,13 +70,31 @@ def test_a_folder_of_pictures(tmp_path):
         load_data(DataConfig(name="images", path=str(tmp_path), size=8))
 
 
+def test_pictures_of_other_modes(tmp_path):
+    deep = np.full((8, 8), 257 * 100, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.paste((0, 0, 200, 255), (0, 0, 4, 8))
+    clear.save(tmp_path / "clear.png")
+    Image.new("P", (8, 8)).save(tmp_path / "palette.png")
+    assert (square(tmp_path / "deep.png", 8, "deep") == 100).all()
+    found = square(tmp_path / "clear.png", 8, "clear")
+    assert found[0, 0].tolist() == [0, 0, 200] and found[0, 7].tolist() == [255, 255, 255]
+    assert square(tmp_path / "palette.png", 8, "palette").shape == (8, 8, 3)
+
+
 def test_arrays(tmp_path):
     place = tmp_path / "a.npy"
     for array, kind in ((np.zeros((40, 4, 4, 3), np.uint8), "pictures"), (np.ones((40, 3)), "points")):
         write_array(place, array)
         data = load_data(DataConfig(name="array", path=str(place)))
         assert data.space.kind == kind and data.space.shape == array.shape[1:] and data.size("train") == 32
-    for bad in (np.zeros((40, 4, 4, 2), np.uint8), np.full((40, 2), np.nan), np.zeros((40, 2), np.int64)):
+    for bad in (
+        np.zeros((40, 4, 4, 2), np.uint8),
+        np.full((40, 2), np.nan),
+        np.full((40, 2), 1e300),
+        np.zeros((40, 2), np.int64),
+    ):
         write_array(place, bad)
         with pytest.raises(DataError, match="allowed are"):
             load_data(DataConfig(name="array", path=str(place)))
@@ -92,9 +111,10 @@ def test_texts(tmp_path):
     every = np.concatenate([first_rows(data, split, 1000)["x"] for split in SPLITS])
     assert every.shape[1] == 10 and every.max() < data.space.levels <= 300
     whole = sum(
-        len(ids.ids) + 2 for ids in reader.encode_batch(["a rose is a rose is a rose. " * 40, "über Röslein rot " * 40])
+        len(ids.ids) + 1 for ids in reader.encode_batch(["a rose is a rose is a rose. " * 40, "über Röslein rot " * 40])
     )
-    assert len(every) == whole // 10 and (every == BEGIN).sum() == 2
+    assert len(every) == whole // 9 and (every[:, 0] == BEGIN).all() and (every[:, 1:] != BEGIN).all()
+    assert (every == END).sum() >= 1
     with pytest.raises(DataError, match="no text"):
         (tmp_path / "empty").mkdir()
         load_data(DataConfig(name="texts", path=str(tmp_path / "empty")))

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 
 from oneira.generative.datasets import DataConfig, batches, first_rows, load_data
-from oneira.generative.ebm import EBM, EBMConfig, auroc
+from oneira.generative.ebm import EBM, EBMConfig
 from oneira.generative.ncsn import NCSN, NCSNConfig
 from oneira.generative.noise import Noise
 from oneira.generative.rbm import RBM, RBMConfig
+from oneira.generative.scores import auroc
 from oneira.generative.spaces import Space
 from oneira.generative.training import TrainSettings, fit
 from oneira.platform.checkpoints import Checkpoints
-from oneira.platform.errors import ConfigError, NumericalError
+from oneira.platform.errors import NumericalError
 
 SMALL = Space(kind="pictures", shape=(2, 3, 1), levels=2)
 
@@ -214,24 +215,12 @@ def test_the_alarm_ends_what_falls_apart(moons):
         model.network[-1].weight.mul_(1e4)
     rows = {"x": 50 * torch.as_tensor(first_rows(moons, "train", 64)["x"])}
     losses = []
-    for sign in (1, -1):  # one of the two has the chains below the data
+    for sign in (1, -1):  # one of the two has the chains far below the data, the other far above
         with torch.no_grad():
             model.network[-1].weight.mul_(sign)
         try:
             model.loss(rows, generator())
         except NumericalError as error:
             losses.append(str(error))
-    assert len(losses) == 1 and "falls apart" in losses[0]
-
-
-def test_auroc_by_hand():
-    assert auroc(np.array([3.0, 1.0]), np.array([0.0, 1.0])) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
-
-
-def test_impossible_configs_are_refused(moons):
-    for make in (
-        lambda: RBMConfig(hidden=0), lambda: RBM(RBMConfig(), moons.space), lambda: EBMConfig(step=0.0),
-        lambda: EBM(EBMConfig(), Space(kind="pictures", shape=(6, 6, 1), levels=2)),
-    ):  # fmt: skip
-        with pytest.raises(ConfigError):
-            make()
+    assert len(losses) == 2 and all("falls apart" in said for said in losses)
+    assert losses[0].count("-") != losses[1].count("-")

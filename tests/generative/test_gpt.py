@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from oneira.generative.datasets import Arrays, batches, learn_tokens, text_space, token_rows
 from oneira.generative.gpt import GPT, GPTConfig, angles_of, attention_sheet, read_gpt2, sines, turned
@@ -60,10 +61,17 @@ def test_what_is_no_gpt2_is_refused(gpt2, tmp_path):
         read_gpt2(tmp_path)
     card = json.loads((gpt2[1] / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes((gpt2[1] / "model.safetensors").read_bytes())
-    for change, said in (({"activation_function": "relu"}, "relu"), ({"n_layer": 4}, "not those of its config")):
+    for change, said in (({"activation_function": "relu"}, "relu"), ({"n_layer": 4}, "not those of its config"),
+                         ({"scale_attn_by_inverse_layer_idx": True}, "inverse"), ({"tie_word_embeddings": False}, "tie_word")):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(card | change))
         with pytest.raises(DataError, match=said):
             read_gpt2(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(card))
+    weights = load_file(tmp_path / "model.safetensors")
+    head = next(value for key, value in weights.items() if key.endswith("wte.weight"))
+    save_file(weights | {"lm_head.weight": head + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="lm_head"):
+        read_gpt2(tmp_path)
 
 
 @KINDS
@@ -83,7 +91,8 @@ def test_the_cache_changes_nothing(positions, lines):
 @KINDS
 def test_order_matters(positions, lines):
     # Without positions a causal transformer of one layer could not tell "b a c" from "a b c" at c.
-    model = make(lines.space, positions)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(width=16, layers=1, heads=2, positions=positions), lines.space).eval()
     a, b = model.logits(torch.tensor([[1, 50, 60, 70]])), model.logits(torch.tensor([[1, 60, 50, 70]]))
     assert (a[0, 3] - b[0, 3]).abs().max() > 1e-5
 

@@ -52,6 +52,15 @@ def test_pictures_with_labels_and_a_test_split(tmp_path):
     assert data.rows("test", np.arange(6))["x"][:, 3, 3, 0].tolist() == [200, 201, 202, 203, 204, 205]
 
 
+def test_files_belong_to_the_split_that_a_word_of_their_path_names(tmp_path):
+    for name, count in (("latest/train-0", 30), ("latest/validation", 7), ("latest/test", 5)):
+        write(tmp_path, f"{name}.parquet", text=[f"{name} {i}" for i in range(count)])
+    data = load(tmp_path, length=12, vocabulary=300)
+    assert [data.size(split) for split in ("train", "validation", "test")] == [30, 7, 5]
+    (tmp_path / "latest" / "test.parquet").unlink()
+    assert [load(tmp_path).size(split) for split in ("train", "validation", "test")] == [27, 3, 7]
+
+
 def test_texts_without_a_test_split(tmp_path):
     write(tmp_path, "train.parquet", id=["a"] * 40, text=[f"row {i} of a text" for i in range(40)])
     data = load(tmp_path, length=12, vocabulary=300)

@@ -22,15 +22,18 @@ ROWS = np.random.default_rng(0).normal(size=(12, 8, 3)).astype(np.float32)
 
 
 class Line(nn.Module):
-    """A line through points; `seen` counts rows, `noisy` adds noise to them."""
+    """A line through points; `noisy` adds noise to them, `first` sets the weight by the first rows it sees, as actnorm does."""
 
-    def __init__(self, noisy=False):
+    def __init__(self, noisy=False, first=False):
         super().__init__()
-        self.weight, self.noisy = nn.Parameter(torch.tensor([1.0, -1.0])), noisy
+        self.first, self.noisy = first, noisy
+        self.weight = nn.Parameter(torch.tensor([1.0, -1.0]))
         self.register_buffer("seen", torch.zeros(2))
 
     def loss(self, batch, generator):
         x = batch["x"]
+        if self.first:
+            self.first, self.weight.data = False, x[0, :2].clone()
         if self.noisy:
             noise = torch.randn(x.shape, generator=generator)
             self.seen += noise[0, :2]
@@ -70,6 +73,8 @@ def work(rank, folder):
         model.weight.data += rank  # where weights differ at first, the first process's count
         found |= {f"{name}.{key}": value.clone() for key, value in fit(model, batch_at, SETTINGS).state_dict().items()}
     kept = Checkpoints(folder / "checkpoints")
+    model = Line(first=True)
+    found |= {f"first.{key}": value.clone() for key, value in fit(model, batch_at, SETTINGS).state_dict().items()}
     with suppress(KeyboardInterrupt):
         fit(Line(True), stopping, SETTINGS, checkpoints=kept)
     save_file(found, folder / f"first-{rank}.safetensors")
@@ -116,7 +121,7 @@ def test_two_processes_make_the_steps_of_one(found):
 
 
 def test_all_end_with_the_same_weights_and_buffers(found):
-    for key in ("noisy.weight", "noisy.seen"):
+    for key in ("noisy.weight", "noisy.seen", "first.weight"):
         assert torch.equal(found[0][key], found[1][key])
     assert found[0]["noisy.seen"].abs().max() > 1
 

@@ -15,6 +15,7 @@ from oneira.generative.datasets import Arrays, DataConfig, batches, first_rows, 
 from oneira.generative.ddpm import DDPM, DDPMConfig, time_vectors
 from oneira.generative.diffusion import Schedule
 from oneira.generative.gan import GAN, GANConfig
+from oneira.generative.scores import mean_nats
 from oneira.generative.spaces import Space
 from oneira.generative.training import TrainSettings, fit
 from oneira.platform.errors import ConfigError, UsageError
@@ -111,6 +112,7 @@ def test_collapse_is_seen(bars, digits):
     assert "Mode collapse" in model.alarms({"mode_collapse": 1.0})[0] and not model.alarms({"mode_collapse": 0.0})
     model.sample = lambda n, seed: rows(digits, n, "train")["x"]
     assert model.own_scores(rows(digits, 200))["mode_collapse"] == 0.0
+    assert model.own_scores(rows(digits, 5)) == {}, "too few to say so"
     with pytest.raises(UsageError, match="without labels"):
         GAN(GANConfig(width=4), bars.space).sample(2, 0, labels=torch.tensor([0, 1]))
 
@@ -165,6 +167,24 @@ def test_codes_can_be_changed(vae, bars):
         vae.traverse(x[0], 3)
     with pytest.raises(UsageError, match="without it"):
         vae.attribute(x, torch.ones(100, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("objective", ["dcgan", "wgan-gp"])
+def test_a_gan_can_be_measured_on_rows(digits, objective):
+    model = GAN(GANConfig(width=4, objective=objective), digits.space).eval()
+    assert np.isfinite(mean_nats(model, first_rows(digits, "validation", 20)))
+
+
+def test_small_ones_are_reported_too(bars):
+    vae = VAE(VAEConfig(z=1, width=8), bars.space).eval()
+    assert vae.pictures(rows(bars, 20)) and vae.pictures(rows(bars, 1))
+    short = DDPM(DDPMConfig(widths=(8,), steps=10, schedule=Schedule(timesteps=20)), bars.space).eval()
+    assert short.pictures(rows(bars, 16))
+    for model in (vae, short):
+        with pytest.raises(UsageError, match="at least 1"):
+            model.sample(0, 0)
+    with pytest.raises(UsageError, match="guidance"):
+        DDPM(DDPMConfig(widths=(8,), conditional=True), bars.space).sample(1, 0, guidance=float("nan"))
 
 
 def test_what_reports_show(vae, ddpm, bars):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from oneira.generative.checking import check_model
 from oneira.generative.commands import register
+from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.comparing import describe_run
 from oneira.generative.datasets import first_rows
 from oneira.generative.gan import GANConfig
@@ -159,6 +160,13 @@ def test_runs_are_compared(whole, command, tmp_path):
     with Image.open(tmp_path / "sheet.png") as sheet:
         panels = np.array(sheet.convert("L"))[30:, 12:]  # the first is of points, the second of digits
     assert (panels[:224, :224] < 200).any() and (panels[:224, 236:460] < 200).any()
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    Classifier(ClassifierConfig(width=8), load_model(names[1]).space).save(judge)
+    done = command("compare", *names[:2], "--out", tmp_path / "page.html", "--classifier", judge)
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "page.html").read_text()
+    assert "feature_frechet" in page and page.count("is not judged") == 1, "points are no pictures"
     wrong = command("compare", *names, "--sheet", tmp_path / "sheet.jpg")
     assert isinstance(wrong.exception, UsageError) and "png" in str(wrong.exception)
     row = describe_run(names[0])

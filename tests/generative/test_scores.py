@@ -14,11 +14,13 @@ from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.datasets import Arrays
 from oneira.generative.models import GenerativeModel
 from oneira.generative.scores import (
+    auroc,
     classifier_scores,
     coverage,
     frechet_distance,
     kernel_distance,
     likelihood_scores,
+    mixed_up,
     precision_recall,
     sample_scores,
     score_model,
@@ -56,6 +58,22 @@ def test_precision_recall_and_coverage_by_hand():
     assert precision_recall(true, drawn, k=1) == (4 / 5, 5 / 5)
     assert coverage(true, drawn, k=1) == pytest.approx(5 / 5)
     assert coverage(true, np.array([[0.5], [50.0]]), k=1) == pytest.approx(2 / 5)
+
+
+def test_few_rows_have_fewer_scores():
+    keys = [set(sample_scores(RNG.normal(size=(n, 2)), RNG.normal(size=(n, 2)))) for n in (1, 2, 5, 6)]
+    assert keys[0] == set() and keys[1] == keys[2] == {"frechet", "kernel"} and len(keys[3]) == 5
+
+
+def test_mixed_up_rows_keep_every_number():
+    x = torch.arange(60.0).reshape(20, 3)
+    mixed = mixed_up(x, torch.Generator().manual_seed(0))
+    assert all(torch.equal(mixed[:, k].sort().values, x[:, k]) for k in range(3))
+    assert ((mixed - mixed[:, :1]) != (x - x[:, :1])).any(1).float().mean() > 0.5
+
+
+def test_auroc_by_hand():
+    assert auroc(np.array([3.0, 1.0]), np.array([0.0, 1.0])) == pytest.approx((1 + 1 + 1 + 0.5) / 4)
 
 
 def test_scores_tell_apart_what_they_should():

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,6 +146,67 @@ def test_averaged_weights_are_returned():
     plain, averaged = (fit(Noisy(), batch_at, TrainSettings(**{**vars(SETTINGS), "ema": ema})) for ema in (0.0, 0.999))
     assert not same(weights(plain), weights(averaged))
     assert not averaged.training
+
+
+class Normed(nn.Module):
+    """A batch norm and a weight behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.weight = nn.BatchNorm1d(8), nn.Parameter(torch.ones(8))
+
+    def loss(self, batch, generator):
+        return (self.norm(batch["x"]) * self.weight - batch["x"].flip(-1)).square().mean(), {}
+
+    def values(self):
+        return self.weight.detach().clone(), self.norm.running_mean.clone()
+
+
+def test_the_average_by_hand():
+    model = Normed()
+    settings = TrainSettings(steps=30, batch_size=16, lr=0.05, ema=0.8, precision="fp32")
+    states = []
+    fit(model, batch_at, replace(settings, ema=0.0, log_every=1), log=lambda step, **_: states.append(model.values()))
+    wanted = [Normed().weight.detach(), Normed().norm.running_mean]
+    for step, state in enumerate(states, 1):
+        decay = min(0.8, (1 + step) / (10 + step))
+        wanted = [decay * old + (1 - decay) * new for old, new in zip(wanted, state, strict=True)]
+    averaged = fit(Normed(), batch_at, settings)
+    for value, should in zip(averaged.values(), wanted, strict=True):
+        assert torch.allclose(value, should, atol=1e-6)
+    assert not torch.allclose(averaged.norm.running_mean, states[-1][1], atol=1e-3)
+
+
+def test_what_a_bad_step_saw_is_forgotten(tmp_path):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+            self.register_buffer("count", torch.zeros(()))
+
+        def loss(self, batch, generator):
+            self.count += 1
+            return (self.weight * (float("nan") if self.count == 8 else 1.0)).sum(), {}
+
+    model, checkpoints = Counting(), Checkpoints(tmp_path)
+    with pytest.raises(NumericalError, match="step 8"):
+        fit(model, batch_at, SETTINGS, checkpoints=checkpoints, name="m")
+    assert model.count == 7 and checkpoints.load("m").tensors["model.count"] == 7
+
+
+def test_patience_goes_on_where_it_was_though_nothing_was_ever_finite(tmp_path):
+    settings = replace(SETTINGS, validate_every=5, patience=4, save_every=5)
+    steps, checkpoints = [], Checkpoints(tmp_path)
+
+    def kill(step, **values):
+        steps.append(step)
+        if step == 10 and len(steps) == 2:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with suppress(KeyboardInterrupt):
+            fit(Noisy(), batch_at, settings, checkpoints=checkpoints, log=kill, validate=lambda model: math.nan)
+    assert steps[-1] == 20
 
 
 def test_learning_rate_warms_up_and_falls_to_its_fraction():
