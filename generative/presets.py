@@ -95,28 +95,28 @@ def pixelcnn_logistic_digits() -> Any:
 
 
 def lstm_captions() -> Any:
-    return _run(Recurrent, RecurrentConfig(cell="lstm"), CAPTIONS, steps=1500, lr=3e-3, ema=0.99)
+    return _run(Recurrent, RecurrentConfig(cell="lstm"), CAPTIONS, steps=800, lr=3e-3, ema=0.99)
 
 
 def gru_captions() -> Any:
-    return _run(Recurrent, RecurrentConfig(cell="gru"), CAPTIONS, steps=1500, lr=3e-3, ema=0.99)
+    return _run(Recurrent, RecurrentConfig(cell="gru"), CAPTIONS, steps=800, lr=3e-3, ema=0.99)
 
 
 def bilstm_captions() -> Any:
-    return _run(Bidirectional, BidirectionalConfig(), CAPTIONS, steps=1500, lr=3e-3, ema=0.99)
+    return _run(Bidirectional, BidirectionalConfig(), CAPTIONS, steps=1000, lr=3e-3, ema=0.99)
 
 
 def gpt_captions() -> Any:
-    return _run(GPT, GPTConfig(positions="rotary"), CAPTIONS, steps=2000, lr=2e-3, warmup=200, ema=0.99)
+    return _run(GPT, GPTConfig(positions="rotary"), CAPTIONS, steps=800, lr=2e-3, warmup=100, ema=0.99)
 
 
 def encoder_captions() -> Any:
-    return _run(Encoder, EncoderConfig(), CAPTIONS, steps=2000, lr=2e-3, warmup=200, ema=0.99)
+    return _run(Encoder, EncoderConfig(), CAPTIONS, steps=1000, lr=2e-3, warmup=100, ema=0.99)
 
 
 def translator_captions() -> Any:
     data = DataConfig(name="paraphrases", length=48)
-    return _run(Translator, TranslatorConfig(), data, steps=2000, lr=2e-3, warmup=200, ema=0.99)
+    return _run(Translator, TranslatorConfig(), data, steps=800, lr=2e-3, warmup=100, ema=0.99)
 
 
 # Energy-based models --------------------------------------------------------------------------------------------------
