@@ -14,8 +14,8 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from oneira.generative.checking import check_model
-from oneira.generative.commands import register
 from oneira.generative.classifier import Classifier, ClassifierConfig
+from oneira.generative.commands import register
 from oneira.generative.comparing import describe_run
 from oneira.generative.datasets import first_rows
 from oneira.generative.gan import GANConfig
