@@ -1,7 +1,8 @@
 """The executor over Ray: units of work on one-thread worker actors, and on one trainer actor with all cores.
 
 The driver keeps the queue. A worker that is free takes the next unit; while many wait, one more is sent ahead to each,
-so that no worker idles while the driver looks elsewhere. A unit whose worker dies runs again on a new worker. A unit that takes
+so that no worker idles while the driver looks elsewhere. A unit whose worker dies, or runs out of memory, runs again on a new
+worker. A unit that takes
 much longer than others of its function, while a worker has nothing to do, is given to that one as well: the first answer
 counts, and the slow worker is replaced. Nodes may join, which brings workers, and leave, which takes theirs away. Units are the
 same wherever they run, so no result depends on any of this.
@@ -29,11 +30,15 @@ from .connection import connect
 from .scheduling.actor import find_desk
 from .scheduling.client import ClusterDevice
 from .together import run_together
-from .workers import DONE, UNKNOWN_FUNCTION, Worker
+from .workers import DONE, NO_MEMORY, UNKNOWN_FUNCTION, Worker
 
 RERUNS = 3  # of a unit whose worker died
+REST_SECONDS = (
+    0.5  # before the first of them, twice as long before each other: what killed one worker may have killed all
+)
 LOOK_SECONDS = 1.0  # between looks for stragglers
 NODES_SECONDS = 5.0  # between looks for nodes that joined or left
+NOBODY_SECONDS = 30.0  # without a single node, after which the cluster is given up
 SLOW_SECONDS = 10.0  # a unit is no straggler before
 SLOW_FACTOR = 4.0  # ... nor before so many times the median of its function
 REMEMBERED = 32  # units of a function, for that median
@@ -61,6 +66,7 @@ class RayHandle:
     threads: int
     deaths: int = 0
     copies: int = 0  # lanes that have it
+    rests_until: float = 0.0  # seconds, monotonic
     done: bool = False
     value: Tree = None
     error: Exception | None = None
@@ -176,7 +182,7 @@ class RayExecutor:
         """`address`: as for `connect`. Raises ClusterError."""
         connect(address)
         self._nodes = _cpus_of_nodes()
-        self._looked = time.monotonic()
+        self._looked = self._peopled = time.monotonic()
         lanes = [_Lane(1, node) for node, cpus in self._nodes.items() for _ in range(cpus)]
         if not lanes:
             raise ClusterError(
@@ -191,6 +197,7 @@ class RayExecutor:
         self._seconds: dict[str, deque[float]] = {}  # of units that are done, by function
         self._news: weakref.WeakKeyDictionary[RayHandle, None] = weakref.WeakKeyDictionary()  # done, not asked for yet
         self._searched = time.monotonic()  # for stragglers
+        self._resting: list[RayHandle] = []  # whose worker died
         self._closed = False
         find_desk()
         for lane in lanes:
@@ -261,7 +268,7 @@ class RayExecutor:
             return
         self._closed = True
         for pool in (self._workers, self._trainer):
-            for handle in [*pool.waiting, *(handle for lane in pool.lanes for _, handle in lane.sent)]:
+            for handle in [*self._resting, *pool.waiting, *(handle for lane in pool.lanes for _, handle in lane.sent)]:
                 handle._end(error=ClusterError(f"The executor was closed before {handle} had run."))
             pool.waiting.clear()
             for lane in pool.lanes:
@@ -281,8 +288,9 @@ class RayExecutor:
                 yield handles.popleft().result()
         finally:
             for handle in handles:
-                if not handle.done and handle in self._pool(handle).waiting:
-                    self._pool(handle).waiting.remove(handle)
+                place = self._resting if handle in self._resting else self._pool(handle).waiting
+                if not handle.done and handle in place:
+                    place.remove(handle)
                     handle._end(error=ClusterError(f"{handle} was dropped: its results were not read to the end."))
 
     def _finish(self, handles: Collection[RayHandle]) -> RayHandle:
@@ -295,12 +303,24 @@ class RayExecutor:
             if done is not None:
                 return done
             sent = [*self._workers.at, *self._trainer.at]
-            ray.wait(sent, num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)
-            ready, _ = ray.wait(sent, num_returns=len(sent), timeout=0, fetch_local=False)
-            self._collect(ready)
+            if sent:
+                patience = REST_SECONDS if self._resting else LOOK_SECONDS
+                ray.wait(sent, num_returns=1, timeout=patience, fetch_local=False)
+                ready, _ = ray.wait(sent, num_returns=len(sent), timeout=0, fetch_local=False)
+                self._collect(ready)
+            else:
+                time.sleep(REST_SECONDS)
             self._look_at_nodes()
+            self._wake()
             self._send()
             self._send_again()
+
+    def _wake(self) -> None:
+        """Those that have rested wait again, before the others."""
+        rested = [handle for handle in self._resting if handle.rests_until <= time.monotonic()]
+        for handle in reversed(rested):
+            self._resting.remove(handle)
+            self._pool(handle).waiting.appendleft(handle)
 
     def _send(self) -> None:
         for pool in (self._workers, self._trainer):
@@ -321,6 +341,12 @@ class RayExecutor:
         if time.monotonic() - self._looked < NODES_SECONDS:
             return
         before, self._nodes, self._looked = self._nodes, _cpus_of_nodes(), time.monotonic()
+        if self._nodes:
+            self._peopled = self._looked
+        elif self._looked - self._peopled > NOBODY_SECONDS:
+            raise ClusterError(
+                f"The Ray cluster has had no node for {NOBODY_SECONDS:.0f} s, its head's included. Go on with another cluster."
+            )
         joined = [_Lane(1, node) for node in self._nodes if node not in before for _ in range(self._nodes[node])]
         left = [lane for lane in self._workers.lanes if lane.node not in self._nodes]
         if len(left) == self.num_workers + len(joined):
@@ -353,7 +379,7 @@ class RayExecutor:
     def _collect(self, ready: list) -> None:
         """Takes finished units off their lanes, and puts back what has to run again."""
         import ray
-        from ray.exceptions import RayActorError, RayError, RayTaskError
+        from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
         finished = set(ready)
         found = {lane: pool for pool in (self._workers, self._trainer) for ref in ready if (lane := pool.at.get(ref))}
@@ -362,12 +388,16 @@ class RayExecutor:
                 handle = pool.take(lane)
                 spent, lane.began = time.monotonic() - lane.began, time.monotonic()
                 try:
-                    self._settle(handle, *ray.get(reference))
+                    outcome, value, *rest = ray.get(reference)
+                    self._settle(handle, outcome, value, *rest)
+                    if outcome == NO_MEMORY:  # a new process begins without what the old one holds
+                        self._restart(pool, lane)
+                        self._again(handle, MemoryError(value))
                     if handle.done:
                         self._seconds.setdefault(handle.name, deque(maxlen=REMEMBERED)).append(spent)
                 except RayTaskError as error:  # Ray could not carry the arguments or the result
                     handle._end(error=RuntimeError(f"{handle} failed: {error}"))
-                except RayActorError as error:
+                except (RayActorError, OutOfMemoryError, NodeDiedError) as error:
                     self._restart(pool, lane)  # what was sent after it had not begun
                     self._again(handle, error)
                 except RayError as error:  # the result was lost with its node
@@ -382,6 +412,8 @@ class RayExecutor:
             self._code[handle.name] = [_ship(self._functions[handle.name])]
             if not handle.copies:
                 self._pool(handle).waiting.appendleft(handle)
+        elif outcome == NO_MEMORY:
+            return
         elif outcome == DONE:
             handle._end(value=copy_tree(value, path="result"))
         else:
@@ -404,10 +436,11 @@ class RayExecutor:
         if handle.copies:  # another worker has it
             return
         if handle.deaths > RERUNS:
-            why = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"  # Ray tells more than one wants to know
             handle._end(error=ClusterError(f"{handle} ended its worker {handle.deaths} times. The last time: {why}"))
         else:
-            self._pool(handle).waiting.appendleft(handle)
+            handle.rests_until = time.monotonic() + REST_SECONDS * 2 ** (handle.deaths - 1)
+            self._resting.append(handle)
 
     def _pool(self, handle: RayHandle) -> _Pool:
         return self._workers if handle.threads == 1 else self._trainer

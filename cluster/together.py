@@ -14,7 +14,7 @@ from typing import Any
 from oneira.platform.executor import Tree
 
 from .scheduling.client import ClusterDevice
-from .workers import DONE, FAILED, Worker
+from .workers import DONE, FAILED, NO_MEMORY, Worker
 
 WORKER_CPUS = 0.01  # a worker's claim on Ray's ledger, as of the executor's actors
 # What torch.distributed raises in those that wait for a process that died.
@@ -76,6 +76,8 @@ def run_together(name: str, code: list, unit: Tree, count: int) -> Outcome:
             FAILED, ("builtins:RuntimeError", f"a process of the group died ({why})", why), "", 0.0, again=True
         )
     status, value, said, core_seconds = found
+    if status == NO_MEMORY:
+        return Outcome(FAILED, ("builtins:MemoryError", value, ""), said, core_seconds, again=True)
     return Outcome(status, value, said, core_seconds, again=status == FAILED and value[0].startswith(OF_OTHERS))
 
 

@@ -23,7 +23,7 @@ from oneira.platform.executor import copy_tree
 
 SHARED_KEPT = 2  # shared values held at once; what a stage shares is read by many units in a row
 
-DONE, FAILED, UNKNOWN_FUNCTION = "done", "failed", "unknown function"
+DONE, FAILED, UNKNOWN_FUNCTION, NO_MEMORY = "done", "failed", "unknown function", "no memory"
 
 
 class Worker:
@@ -53,7 +53,7 @@ class Worker:
 
         Returns:
             (DONE, the value, what was written to stderr, core-seconds of the function), (FAILED, (error type, message, traceback),
-            stderr, 0), or (UNKNOWN_FUNCTION, None, "", 0).
+            stderr, 0), (NO_MEMORY, what could not be had, stderr, 0), or (UNKNOWN_FUNCTION, None, "", 0).
         """
         said = io.StringIO()
         try:
@@ -68,6 +68,8 @@ class Worker:
                 value = function(*arguments)
             return DONE, value, said.getvalue(), (time.perf_counter() - began) * (threads or self.threads)
         except BaseException as error:
+            if _is_of_memory(error):
+                return NO_MEMORY, str(error), said.getvalue(), 0.0
             kind = f"{type(error).__module__}:{type(error).__qualname__}"
             return FAILED, (kind, str(error), traceback.format_exc()), said.getvalue(), 0.0
 
@@ -95,6 +97,14 @@ class Worker:
 
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether memory was short: numpy's, Python's, a device's, or torch's of a CPU, which is a plain RuntimeError."""
+    import torch
+
+    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def _fetch(reference: Any) -> Any:

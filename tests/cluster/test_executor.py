@@ -1,9 +1,12 @@
 """RayExecutor keeps the executor's laws, and keeps them when workers die. One real Ray for all."""
 
 import contextlib
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -68,6 +71,13 @@ def die(shared, unit):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def hunger(shared, unit):
+    """Unit 3 finds too little memory the first time, and unit 5 each time."""
+    if unit == 5 or (unit == 3 and started(shared, unit) == 1):
+        np.ones(1 << 50)
+    return os.getpid()
+
+
 def sleep(shared, unit):
     time.sleep(unit)
     return unit
@@ -122,9 +132,34 @@ def test_a_killed_worker_changes_no_result(executor, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_unit_that_rays_memory_monitor_kills_runs_again(tmp_path):
+    """Whoever works beside it dies with it, as Ray chooses; each runs again, and comes to its end."""
+    memory = psutil.virtual_memory()
+    if memory.available < 12e9:
+        pytest.skip("it takes 8 GiB, and 4 should be left")
+    share = (memory.total - memory.available + 5e9) / memory.total
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"ONEIRA_HOME": str(tmp_path), "RAY_memory_usage_threshold": f"{share:.4f}"}
+    words = [sys.executable, str(Path(__file__).with_name("greedy.py")), str(tmp_path)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    [found] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert found["first"] != found["then"] and not psutil.pid_exists(found["first"])
+
+
+@pytest.mark.slow
 def test_a_unit_that_always_kills_its_worker_is_named(executor):
     with pytest.raises(ClusterError, match=r"unit \d+ of .*:die \('poison'\)"):
         executor.submit(die, None, "poison").result()
+
+
+def test_a_unit_that_runs_out_of_memory_runs_again_in_a_new_process(executor, tmp_path):
+    shared = executor.share({"folder": str(tmp_path)})
+    pids = list(executor.map(hunger, shared, range(5)))
+    assert int((tmp_path / "3-1").read_text()) == pids[3] != int((tmp_path / "3-0").read_text())
+    with pytest.raises(ClusterError, match=r"unit \d+ of .*:hunger \(5\) ended its worker 4 times.*Unable to allocate"):
+        executor.submit(hunger, shared, 5).result()
+    assert executor.submit(double, None, 4).result() == 8
 
 
 def test_close_ends_the_workers_and_what_waits(ray_cluster):
@@ -174,7 +209,11 @@ def answer_and_die(shared, unit):
 def test_a_straggler_is_sent_again_and_the_first_answer_counts(executor, tmp_path, monkeypatch, capfd, work):
     if executor.num_workers < 2:
         pytest.skip("one worker has nobody to help it")
-    list(executor.map(sleep, None, [0.1] * 4))  # no worker is just beginning
+    seconds = 10.0
+    while seconds > 1:  # until no worker is just beginning
+        began = time.monotonic()
+        list(executor.map(sleep, None, [0.1] * 4))
+        seconds = time.monotonic() - began
     monkeypatch.setattr(executor_module, "SLOW_SECONDS", 1.0)
     assert list(executor.map(work, executor.share({"folder": str(tmp_path)}), range(12))) == list(range(12))
     assert len(re.findall(r"\(3\) takes .* sent to another worker as well", capfd.readouterr().err)) == 1

@@ -54,6 +54,18 @@ class Chaos:
                     found.append(process)
         return found
 
+    def to_cluster(self, name):
+        """Kills the cluster's processes of that name, and waits for what the driver makes of it. Its exit code."""
+        family = psutil.Process(self.driver.pid).children(recursive=True)
+        began = time.monotonic()
+        for process in family:
+            if process.name() == name:
+                process.kill()
+        self.driver.communicate(timeout=200)
+        self.seconds_to_end.append(time.monotonic() - began)
+        psutil.wait_procs(family, timeout=60)
+        return self.driver.returncode
+
     def to_worker(self, number, chance):
         """Sends the signal to one of the workers, the trainer among them. Whether there was one."""
         workers = self.workers()
@@ -92,8 +104,12 @@ def chaos_in(command):
 
 
 def kept(folder):
-    """sha256 of all that the run's checkpoints hold: weights, CMA-ES state, optimizers, generators of random numbers."""
-    files = sorted((folder / "checkpoints").glob("*/*"))
+    """sha256 of all that the run's checkpoints hold: weights, CMA-ES state, optimizers, generators of random numbers.
+
+    Of each the last one: how often evolution saves in between is a matter of the clock.
+    """
+    last = {path.name.partition("@")[0]: path for path in sorted((folder / "checkpoints").glob("*@*"))}
+    files = [file for path in last.values() for file in sorted(path.iterdir())]
     return {f"{file.parent.name}/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -120,6 +136,21 @@ def test_sigterm_ends_a_run_over_ray_within_ten_seconds(undisturbed, chaos_in, t
     chaos.finish()
     assert max(chaos.seconds_to_end) < 10, chaos.seconds_to_end
     assert kept(tmp_path / "run") == kept(undisturbed[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_head_dies_and_the_run_goes_on_under_another(undisturbed, chaos_in, tmp_path, capsys):
+    """Its two processes in turn: who knows the cluster, and the node's own. Ray ends the driver (1), or the driver gives up (4)."""
+    chaos = chaos_in(tmp_path / "run")
+    for name in ("gcs_server", "raylet"):
+        chaos.start()
+        assert chaos.work(3) and chaos.to_cluster(name) in (1, 4)
+    chaos.start()
+    chaos.finish()
+    with capsys.disabled():
+        print(f"\nthe driver ended after {[round(seconds) for seconds in chaos.seconds_to_end]} s")
+    assert max(chaos.seconds_to_end) < 120 and kept(tmp_path / "run") == kept(undisturbed[0])
 
 
 @pytest.mark.slow
