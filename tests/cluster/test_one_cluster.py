@@ -1,0 +1,143 @@
+"""One cluster, one scheduler: a submitted training, a dream and a server of pictures side by side, by the commands that users type."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+HOST = """
+import sys
+from oneira.cluster.connection import connect
+print(connect(jobs=True).address, flush=True)
+sys.stdin.readline()
+"""
+DREAM = """
+import sys
+import time
+from pathlib import Path
+import numpy as np
+import torch
+from oneira.agents.controller import ControllerConfig
+from oneira.agents.fitness import dream_unit
+from oneira.agents.memory import MDNRNN, MemoryConfig
+from oneira.agents.worldmodel import pack
+from oneira.cluster.executor import RayExecutor
+from oneira.generative.vae import VAE, VAEConfig
+
+memory = MDNRNN(MemoryConfig(hidden=24, reward_input=False)).eval()
+model = pack("carracing", VAE(VAEConfig(width=8)).eval(), [memory], ControllerConfig(memory=24))
+model["starts"] = {name: np.zeros((4, size), np.float32) for name, size in (("z", 32), ("h", 24), ("c", 24))}
+model["starts"]["reward_prev"] = np.zeros(4, np.float32)
+unit = {"params": np.zeros((4, 171), np.float32), "seed": 1, "rollouts": 8, "horizon": 300, "tau": 1.0, "stuck": 0}
+with RayExecutor() as executor:
+    shared, dreamt = executor.share(model), set()
+    while not Path(sys.argv[1]).exists():
+        found = executor.submit(dream_unit, shared, {**unit, "lost_cost": 0.0}).result()
+        dreamt.add(found["returns"].tobytes())
+        time.sleep(1)  # dreams go before training: without an end they would leave it half a second in fifteen
+    print(len(dreamt))
+"""
+STEPS = 2000
+TRAIN = ("realnvp-moons", "--smoke", "--set", f"training.steps={STEPS}")
+
+
+class Place:
+    """A local cluster that takes jobs, started by a process of its own, and the command line beside it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment |= {"ONEIRA_HOME": str(folder / "home"), "PYTHONUNBUFFERED": "1"}
+        self.environment["PYTHONPATH"] = str(Path(__file__).parent)
+        self.started = []
+        self.host = self.start([sys.executable, "-c", HOST], stdin=subprocess.PIPE)
+        self.address = self.host.stdout.readline().strip()
+
+    def start(self, command, **options):
+        process = subprocess.Popen(
+            command, env=self.environment, cwd=self.folder, stdout=subprocess.PIPE, text=True, **options
+        )
+        self.started.append(process)
+        return process
+
+    def oneira(self, *arguments):
+        words = [sys.executable, "-m", "oneira.platform.cli", *arguments]
+        done = subprocess.run(words, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def close(self):
+        family = psutil.Process(self.host.pid).children(recursive=True)
+        for process in self.started[1:]:
+            process.kill()
+        self.host.stdin.close()
+        self.host.wait(timeout=60)
+        for left in psutil.wait_procs(family, timeout=20)[1]:
+            left.kill()
+
+
+@pytest.fixture
+def place(tmp_path):
+    made = Place(tmp_path)
+    yield made
+    made.close()
+
+
+def draw(url, seed):
+    body = json.dumps({"prompt": "a red circle", "seed": seed}).encode()
+    request = urllib.request.Request(f"{url}/v1/images/generations", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)["data"][0]["b64_json"]
+
+
+def watch(url):
+    with urllib.request.urlopen(f"{url}/v1/devices") as answer:
+        return json.load(answer)
+
+
+def priorities(report):
+    return {lease["priority"] for device in report["devices"] for lease in device["leases"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_a_dream_and_a_server_share_the_device_and_the_run_is_the_same_to_the_byte(place):
+    serve = ("serve", "--loader", "tiny:load", "--model", "patient", "--port", "0", "--address", place.address)
+    server = place.start([sys.executable, "-m", "oneira.platform.cli", *serve])
+    url = re.search(r"http://\S+", server.stdout.readline())[0]
+    before = [draw(url, seed) for seed in range(2)]
+    dream = place.start([sys.executable, "-c", DREAM, str(place.folder / "enough")])
+    job = place.oneira("submit", "train", *TRAIN, "--run", str(place.folder / "shared")).split()[0]
+    seen, shown, pictures, end = set(), set(), 0, time.monotonic() + 700
+    while not (place.folder / "shared" / "model" / "model.safetensors").exists():
+        assert time.monotonic() < end, place.oneira("jobs", "logs", job)
+        assert [draw(url, seed) for seed in range(2)] == before
+        pictures += 2
+        seen |= priorities(watch(url))
+        if not shown and {"train", "dream"} <= seen:
+            report = json.loads(place.oneira("devices", "--json"))["cluster"]["scheduler"]
+            shown = priorities(report)
+        time.sleep(1)  # a command that is polled takes the cores from Ray's workers, which are nice to others
+    scheduler = watch(url)
+    (place.folder / "enough").touch()
+    assert int(dream.communicate(timeout=120)[0]) == 1  # every time the same dream
+    while (row := json.loads(place.oneira("jobs", "status", job, "--json")))["state"] != "done":
+        assert row["state"] == "running" and time.monotonic() < end, row
+        time.sleep(2)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=60) == 0
+    assert {"train", "dream"} <= seen and "train" in shown and pictures >= 4
+    assert scheduler["counts"]["pauses"] >= 2 and scheduler["waits"]["interactive"]["leases"] >= pictures
+    place.oneira("train", *TRAIN, "--run", str(place.folder / "alone"), "--executor", "serial")
+    weights = [(place.folder / run / "model" / "model.safetensors").read_bytes() for run in ("shared", "alone")]
+    assert weights[0] == weights[1]
