@@ -84,7 +84,11 @@ class Chaos:
         return self.driver.returncode
 
     def finish(self):
+        """To the end. Ray gives up a start after 30 s, which a loaded machine may need: then once more, as a user would."""
         _, problems = self.driver.communicate(timeout=280)
+        if "timed out during startup" in problems:
+            self.start()
+            _, problems = self.driver.communicate(timeout=280)
         assert self.driver.returncode == 0, problems
 
 
