@@ -173,11 +173,11 @@ def vae_digits() -> Any:
 
 
 def vae_scenes() -> Any:
-    return _run(VAE, VAEConfig(z=32), SCENES, steps=2500, lr=1e-3, ema=0.995)
+    return _run(VAE, VAEConfig(z=32), SCENES, steps=5000, batch_size=32, lr=1.5e-3, ema=0.995)
 
 
 def beta_vae_scenes() -> Any:
-    return _run(VAE, VAEConfig(z=32, beta=4.0), SCENES, steps=2500, lr=1e-3, ema=0.995)
+    return _run(VAE, VAEConfig(z=32, beta=4.0), SCENES, steps=5000, batch_size=32, lr=1.5e-3, ema=0.995)
 
 
 # Diffusion ------------------------------------------------------------------------------------------------------------
