@@ -56,17 +56,23 @@ class Job:
     def follow(self) -> Iterator[str]:
         """Pieces of the logs as they come, until the job has ended."""
         seen: dict[int, int] = {}
+        told: set[int] = set()  # attempts that had ended when their log was read
         while True:
             attempts = self.attempts()
+            began = time.monotonic()
             for attempt in attempts:
+                if attempt.number in told:
+                    continue
                 text = _log(self.url, attempt)
+                if attempt.status in ENDED:
+                    told.add(attempt.number)
                 start = seen.get(attempt.number, 0)
                 if len(text) > start:
                     seen[attempt.number] = len(text)
                     yield text[start:]
             if state_of(attempts) in ("done", "failed", "stopped"):
                 return
-            time.sleep(0.5)
+            time.sleep(max(0.5, 5 * (time.monotonic() - began)))  # a log comes whole each time: a long one less often
 
     def stop(self, seconds: float = 90.0) -> str:
         """Ends the job, which may save first, and returns its state. Raises ClusterError when it does not end in time."""

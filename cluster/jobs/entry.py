@@ -14,16 +14,16 @@ VARIABLE = "ONEIRA_JOB"  # {"arguments": [...], "folder": where the command runs
 def main() -> None:
     """Sees to it that a supervisor watches, then is the command `oneira`, in the folder of the job."""
     job = json.loads(os.environ[VARIABLE])
-    folder = Path(job["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
     if job.get("head"):  # Ray names the cluster that was started last on this machine, which may be another
         os.environ["RAY_ADDRESS"] = job["head"]
     from ..connection import connect
     from .supervisor import ensure_supervisor
 
     connect()
-    ensure_supervisor()
+    ensure_supervisor()  # before anything that may fail: it is what tries again
+    folder = Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
     sys.argv = ["oneira", *job["arguments"]]
     from oneira.platform.cli import main as command
 

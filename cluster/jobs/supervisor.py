@@ -23,8 +23,7 @@ FINAL_CODES = (
     0,
     2,
     3,
-    4,
-)  # of Oneira's commands: done, wrong usage, bad data, something missing. Another try changes none
+)  # of Oneira's commands: done, wrong usage, bad data. Another try changes none; 4 may be the cluster
 JOB, ATTEMPT, ATTEMPTS, COMMAND = "oneira_job", "oneira_attempt", "oneira_attempts", "oneira_command"  # metadata
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 

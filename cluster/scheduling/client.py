@@ -48,7 +48,10 @@ class Busy(ClusterError):
 
     def __init__(self, why: str, retry_after: float) -> None:
         super().__init__(f"The device was not granted: {why}. It should do in {retry_after:.1f} s.")
-        self.retry_after = retry_after
+        self.why, self.retry_after = why, retry_after
+
+    def __reduce__(self) -> tuple[type[Busy], tuple[str, float]]:
+        return type(self), (self.why, self.retry_after)  # so that it comes back whole from another process
 
 
 class ClusterLease:
@@ -190,7 +193,7 @@ class _Session:
     def expect(self, model: str, device: str, slots: int) -> float:
         """As `ClusterDevice.expect`."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import GetTimeoutError, RayError
 
         with self._lock:
             free = any(
@@ -200,7 +203,7 @@ class _Session:
         try:
             asked = self.desk.expect.remote(self.id, device, 0 if free else slots, model)
             return ray.get(asked, timeout=EXPECT_SECONDS)
-        except (GetTimeoutError, RayActorError):
+        except (GetTimeoutError, RayError):  # away, or started again and not told of this device yet
             return 0.0
 
     def add_model(self, model: _Model) -> None:

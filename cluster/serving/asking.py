@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -145,10 +146,13 @@ async def _sort(parts: FormData, files: tuple[str, ...]) -> tuple[dict[str, Any]
     return texts, found
 
 
+READERS = ThreadPoolExecutor(2, "oneira-pictures")  # a large picture takes a second and a hundred MB
+
+
 async def read_file(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """A picture read in a thread; what is wrong with it as ApiError about the field."""
+    """A picture read in one of a few threads; what is wrong with it as ApiError about the field."""
     try:
-        return await asyncio.to_thread(function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(READERS, function, *arguments)
     except NoPicture as error:
         raise ApiError(400, str(error), param=name, code="invalid_image") from error
 

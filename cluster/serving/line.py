@@ -55,6 +55,12 @@ class Line:
         """Tells what a finished picture has cost of the stages' time."""
         self._seconds += SMOOTHING * (seconds - self._seconds)
 
+    def check(self, pictures: int) -> None:
+        """Raises Full where a request for so many would be sent away now, before anything is done for it."""
+        excess = self.waiting + pictures - max(self.places - self.taken, 0) - self.limit
+        if excess > 0:
+            raise Full(max(1, math.ceil(excess * self._seconds)))
+
     @asynccontextmanager
     async def request(self, pictures: int) -> AsyncIterator[Ticket]:
         """A place in the line for a request, for as long as the block lasts.
@@ -62,9 +68,7 @@ class Line:
         Raises:
             Full: with it more than `limit` would wait.
         """
-        excess = self.waiting + pictures - max(self.places - self.taken, 0) - self.limit
-        if excess > 0:
-            raise Full(max(1, math.ceil(excess * self._seconds)))
+        self.check(pictures)
         ticket = Ticket(promised=pictures)
         self._tickets.append(ticket)
         try:

@@ -10,6 +10,7 @@ Importing this loads no torch.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ class SampleStage:
         self.model = model
         signature = inspect.signature(model.draw).parameters.values()
         self.params = sorted(one.name for one in signature if one.kind is one.KEYWORD_ONLY)
-        self.batches: list[int] = []  # rows of each step, for whoever looks
+        self.batches: deque[int] = deque(maxlen=100)  # rows of each of the last steps, for whoever looks
 
     def plan(self, request: SampleRequest, state: Mapping[str, np.ndarray]) -> SamplePlan:
         """Raises UsageError for settings that the model has not, labels that it does not know, and too much work."""
@@ -69,10 +70,10 @@ class SampleStage:
         labels = settings.pop("labels", None)
         if labels is not None:
             labels = self._labels([labels] * request.n if isinstance(labels, int) else list(labels), request.n)
-        if settings.get("steps", 0) * request.n > MOST_PASSES:
-            raise UsageError(
-                f"{request.n} samples of {settings['steps']} steps; n times steps is {MOST_PASSES} at most."
-            )
+        own: int = getattr(self.model.config, "steps", 0)
+        steps: int = settings.get("steps") or own
+        if "steps" in self.params and steps * request.n > MOST_PASSES:
+            raise UsageError(f"{request.n} samples of {steps} steps; n times steps is {MOST_PASSES} at most.")
         self.model.check(**settings)
         return SamplePlan(request=request, settings=settings, labels=labels)
 

@@ -139,6 +139,7 @@ class _Routes:
         asked, files = await read_form(request, Edit, ("image", "mask"))
         model, size = self._model(asked.model), self._size(asked)
         largest = self.service.sizes[model][-1]
+        self.service.line.check(asked.n or 1)
         picture, mask = await read_file("image", read_edit, files["image"], files.get("mask"), largest)
         pictures = self._requests(asked, task="edit", prompt=asked.prompt, picture=picture, mask=mask)
         return await self._pictures(request, asked, model, size, pictures, "image_edit")
@@ -147,6 +148,7 @@ class _Routes:
         """Pictures that mean what a picture means."""
         asked, files = await read_form(request, Variation, ("image",))
         model, size = self._model(asked.model), self._size(asked)
+        self.service.line.check(asked.n or 1)
         picture, _ = await read_file("image", read_picture, files["image"], self.service.sizes[model][-1])
         pictures = self._requests(asked, task="variation", picture=picture)
         return await self._pictures(request, asked, model, size, pictures, "image_variation")
@@ -157,6 +159,7 @@ class _Routes:
         model, size = self._model(asked.model), self._size(asked)
         seed = _seed(asked)
         settings: dict[str, Any] = {"seed": seed, "steps": asked.steps, "guidance": asked.guidance}
+        self.service.line.check(asked.frames)
         ends = [await self._end(name, text, model) for name, text in (("from", asked.start), ("to", asked.end))]
         wanted = [PictureRequest(**settings, **end) for end in ends]
         states = await while_there(request, self.service.embed(model, wanted, "image_embedding", until=_until(request)))

@@ -1,5 +1,6 @@
 """The scheduler under a clock of the test's: its rules one by one, and all of them at once under random use."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from oneira.cluster.scheduling.client import Busy
 from oneira.cluster.scheduling.leases import CAN_WAIT, Cancelled, Drop, Granted, Move, Refused, Wanted
 from oneira.cluster.scheduling.ledger import Ledger, Overdrawn, Working
 from oneira.cluster.scheduling.residency import Demand, Host, cheapest
@@ -71,6 +73,11 @@ def test_the_set_that_costs_least_gives_way(count):
     one_dear_or_two_cheap = [("dear", 50, 5.0), ("a", 25, 1.0), ("b", 25, 1.0), ("c", 60, 2.5)]
     assert sorted(cheapest(one_dear_or_two_cheap, 50)) == ["a", "b"]
     assert cheapest(one_dear_or_two_cheap, 55) == ["c"]
+
+
+def test_busy_comes_back_whole_from_another_process():
+    error = copy.copy(Busy("its memory is full", 2.5))  # made anew as a message of Ray makes it
+    assert error.retry_after == 2.5 and str(error) == str(Busy("its memory is full", 2.5))
 
 
 def test_demand_fades():

@@ -386,6 +386,13 @@ def test_a_full_line_answers_429_and_a_stopped_server_503(tiny):
         assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429]
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["code"] == "queue_full"
+        line = site.service.line
+        line.taken, line.limit = line.places, 0
+        for path in (EDIT, VARY):  # before a picture is read, which may be large, or none
+            answer = site.post(path, data={"prompt": "a"} if path == EDIT else {}, files={"image": ("a.png", b"none")})
+            assert answer.status_code == 429, answer.text
+        line.taken, line.limit = 0, 1
+        assert site.post(VARY, files={"image": ("a.png", b"none")}).status_code == 400
         site.service.stop()
         for answer in (site.post(GENERATE, json=GOOD), site.ask("GET", "/healthz")):
             assert answer.status_code == 503 and "retry-after" in answer.headers
