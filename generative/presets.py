@@ -5,7 +5,7 @@ cnn-digits, mlp-digits       classifiers of digits; cnn-things, mlp-things of pi
 cnn-cifar10, mlp-cifar10     classifiers of CIFAR-10's photographs, for whoever has a network or the data
 cgan-digits                  a conditional GAN on digits
 dcgan-digits, wgan-digits    GANs on digits: with a critic of likelihoods, and of distances
-ddpm-digits, ddpm-things     diffusion on digits, and on pictures of one object, told the label
+ddpm-digits                  diffusion on digits, told the label
 bilstm-captions              a recurrent encoder that reads both ways and fills in hidden words of captions
 ebm-digits, ebm-moons        energy-based models
 encoder-captions             a transformer that fills in hidden words of captions
@@ -185,11 +185,6 @@ def beta_vae_scenes() -> Any:
 
 def ddpm_digits() -> Any:
     return _run(DDPM, DDPMConfig(conditional=True), DIGITS, steps=3000, lr=2e-3, ema=0.998)
-
-
-def ddpm_things() -> Any:
-    config = DDPMConfig(widths=(32, 64, 96), conditional=True, guidance=2.0)
-    return _run(DDPM, config, THINGS, steps=2500, batch_size=32, lr=2e-3, ema=0.998, channels_last=True)
 
 
 def ncsn_digits() -> Any:
