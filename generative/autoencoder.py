@@ -200,12 +200,15 @@ class VAE(_Codes):
     def __init__(self, config: VAEConfig, space: Space):
         super().__init__(config, space, 2 * config.z)
 
-    def _terms(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """-log p(x | z) with one z drawn, and KL, [B] each."""
+    def _terms(self, x: Tensor, generator: torch.Generator, draws: int = 1) -> tuple[Tensor, Tensor]:
+        """-log p(x | z), the mean over so many draws of z, and KL, [B] each."""
         mu, log_var = self.reader(self.space.to_signed(x).permute(0, 3, 1, 2)).float().chunk(2, 1)
         log_var = log_var.clamp(-12, 8)
-        z = mu + torch.exp(0.5 * log_var) * torch.randn(mu.shape, generator=generator, device=mu.device)
-        return self._nats(x, self._means(z)), 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(1)
+        nats = []
+        for _ in range(draws):
+            z = mu + torch.exp(0.5 * log_var) * torch.randn(mu.shape, generator=generator, device=mu.device)
+            nats.append(self._nats(x, self._means(z)))
+        return torch.stack(nats).mean(0), 0.5 * (mu.square() + log_var.exp() - 1 - log_var).sum(1)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
         """-log p(x | z) + beta KL, nats a number; and the bound in bits per dimension."""
@@ -217,9 +220,8 @@ class VAE(_Codes):
     @torch.no_grad()
     def log_prob(self, x: Tensor, seed: int = 0, draws: int = 16) -> Tensor:
         """A lower bound of log p(x), float32 [B], nats: the mean of `draws` draws of z."""
-        generator = self.generator(seed)
-        found = [self._terms(x.to(self.device), generator) for _ in range(draws)]
-        return -torch.stack([nats + kl for nats, kl in found]).mean(0)
+        nats, kl = self._terms(x.to(self.device), self.generator(seed), draws)
+        return -(nats + kl)
 
     def draw(self, noise: Noise) -> Tensor:
         """Pictures from z of a standard normal."""
