@@ -148,6 +148,11 @@ def test_a_picture_that_swells_is_refused_or_costs_nothing(site, kind):
     assert answer.status_code in (200, 400) and peak < 100 << 20
 
 
+def test_our_own_limit_of_pixels_is_below_pillows(site):
+    answer = site.ask("POST", VARY, files={"image": ("a.png", png(5000))})
+    assert answer.status_code == 400 and "5000x5000" in answer.json()["error"]["message"], answer.text
+
+
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO", "PDF"])
 def test_only_three_formats_of_pictures_are_read(site, kind):
     import io

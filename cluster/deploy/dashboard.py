@@ -37,6 +37,35 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
         "Pictures that share a step", "short",
         {"{{stage}} mean": "sum by (stage) (rate(oneira_batch_rows_sum[5m])) / sum by (stage) (rate(oneira_batch_rows_count[5m]))"},
     ),
+    (
+        "Memory of a device", "bytes",
+        {
+            f"{{{{device}}}} {name}": f"sum by (device) (oneira_device_{name}_bytes)" for name in ("memory", "resident", "working")
+        },
+    ),
+    ("Bytes of a model on its device", "bytes", {"{{model}} {{device}}": "sum by (model, device) (oneira_resident_bytes)"}),
+    (
+        "Slots of a device", "short",
+        {"{{device}}": "sum by (device) (oneira_device_slots)", "{{device}} taken": "sum by (device) (oneira_device_slots_taken)"},
+    ),
+    ("Leases", "short", {"{{priority}} {{state}}": "sum by (priority, state) (oneira_leases)"}),
+    (
+        "Wait for a lease", "s",
+        {
+            "{{priority}} mean": "sum by (priority) (rate(oneira_lease_wait_seconds_sum[5m])) / "
+            "sum by (priority) (rate(oneira_lease_wait_seconds_count[5m]))"
+        },
+    ),
+    ("A step of work that can pause", "s", {"{{device}}": "sum by (device) (oneira_device_step_seconds)"}),
+    (
+        "What the scheduler does", "ops",
+        {
+            name: f"sum(rate(oneira_{metric}_total[5m]))"
+            for name, metric in (
+                ("grants", "lease_grants"), ("refusals", "lease_refusals"), ("pauses", "lease_pauses"), ("evictions", "model_evictions"),
+            )
+        },
+    ),
 )  # fmt: skip
 
 
