@@ -6,10 +6,11 @@ Nothing falls back silently: a name that was given and cannot be had is an error
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -23,6 +24,7 @@ Priority = Literal["interactive", "dream", "train", "batch"]
 PRIORITIES: tuple[str, ...] = get_args(Priority)  # most urgent first
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "bf16", "fp32")
+CONTROL_GROUPS = Path("/sys/fs/cgroup")  # where Linux says what a container may use
 
 
 def check_priority(priority: str) -> None:
@@ -31,9 +33,26 @@ def check_priority(priority: str) -> None:
         raise UsageError(f"Unknown priority '{priority}'. {did_you_mean(priority, PRIORITIES)}")
 
 
-def num_cores() -> int:
-    """Cores that this process may use (a container's limit on affinity counted)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def num_cores(groups: Path = CONTROL_GROUPS) -> int:
+    """Cores that this process may use: of its affinity, and of its container's share of time, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = 0, 0
+    with suppress(OSError, ValueError):  # version 2 says "max 100000" where there is no limit
+        quota, period = map(int, (groups / "cpu.max").read_text(encoding="ascii").split())
+    with suppress(OSError, ValueError):
+        quota, period = (
+            int((groups / "cpu" / f"cpu.cfs_{key}_us").read_text(encoding="ascii")) for key in ("quota", "period")
+        )
+    return min(cores, math.ceil(quota / period)) if quota > 0 and period > 0 else cores
+
+
+def memory_bytes(groups: Path = CONTROL_GROUPS) -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's where that has fewer."""
+    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            least = min(least, int((groups / name).read_text(encoding="ascii")))
+    return least
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneira.platform.devices import Priority, check_priority, num_cores, pick_device
+from oneira.platform.devices import Priority, check_priority, memory_bytes, num_cores, pick_device
 from oneira.platform.errors import ClusterError, Interrupted
 
 from ..connection import before_leaving
@@ -330,9 +330,7 @@ def _session() -> _Session:
 
 def _devices(host: str) -> list[dict[str, Any]]:
     """The devices of this machine, as `Scheduler.add_device` takes them."""
-    import psutil
-
-    memory = psutil.virtual_memory().total
+    memory = memory_bytes()
     cpu = {"name": f"{host}/cpu", "memory": int(USABLE * memory), "slots": num_cores(), "kind": "cpu"}
     place = pick_device()
     warm = memory // 4 if place.type != "cpu" else 0  # where the device is the CPU, its memory is the host's

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from oneira.platform.devices import LocalDevice, cpu_has_bf16, describe, pick_device, pick_precision
+from oneira.platform.devices import (
+    LocalDevice,
+    cpu_has_bf16,
+    describe,
+    memory_bytes,
+    num_cores,
+    pick_device,
+    pick_precision,
+)
 from oneira.platform.errors import EnvironmentMissing, UsageError
 
 
@@ -37,3 +45,28 @@ def test_a_local_lease_is_granted_at_once() -> None:
 
 def test_describe_names_what_auto_picks() -> None:
     assert describe()["device"] == str(pick_device()) and describe()["cores"] >= 1
+
+
+def test_a_containers_limits_count(tmp_path):
+    cores, memory = num_cores(tmp_path), memory_bytes(tmp_path)
+    assert cores >= 1 and memory > 1 << 28
+    for written in ("max 100000\n", "nonsense", "-1 100000"):
+        (tmp_path / "cpu.max").write_text(written)
+        assert num_cores(tmp_path) == cores
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    assert num_cores(tmp_path) == 1, "half a core"
+    (tmp_path / "cpu.max").write_text(f"{1000 * 100000} 100000\n")
+    assert num_cores(tmp_path) == cores
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_bytes(tmp_path) == memory
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert memory_bytes(tmp_path) == 1_000_000
+    first = tmp_path / "first"  # the older layout
+    for name, value in (
+        ("cpu/cpu.cfs_quota_us", 80_000),
+        ("cpu/cpu.cfs_period_us", 100_000),
+        ("memory/memory.limit_in_bytes", 7),
+    ):
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / name).write_text(f"{value}\n")
+    assert num_cores(first) == 1 and memory_bytes(first) == 7
