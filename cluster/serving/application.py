@@ -8,13 +8,14 @@ any number of requests; its own line says who waits and who is sent away.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from oneira.platform.errors import ClusterError, DataError
@@ -32,6 +33,7 @@ ACTOR_GPUS = 0.01  # where there are any: without a share, Ray hides them
 STOP_SECONDS = 30.0  # for requests under way at a replica that stops
 HEALTH_SECONDS = 2.0  # between two looks at a replica
 FROZEN_SECONDS = 10.0  # for its answer; Serve replaces it after three looks in a row without one
+SILENT_SECONDS = 60.0  # for an answer of a stage elsewhere, before nothing is promised any more
 RETRIES = 2  # of a stage whose replica died: it gives the same wherever it runs
 STATES = ("hot", "warm", "cold")
 
@@ -177,21 +179,44 @@ class Split(_Ingress):
                 names.setdefault(model, []).extend(those)
         if not names:
             raise DataError("No model has any stage.")
-        self.service = Service(Remote(hosts), names, Line(serving.rows, serving.queue))
+        way = Remote(hosts)
+        self.service = Service(way, names, Line(serving.rows, serving.queue))
+        self._watch = asyncio.create_task(way.watch())
         await self.service.begin()
 
     async def __del__(self) -> None:
         if hasattr(self, "service"):
             self.service.stop()
+        if hasattr(self, "_watch"):
+            self._watch.cancel()
 
 
 class Remote:
-    """The way through stages in other deployments. Serve replaces those of their replicas that die."""
+    """The way through stages in other deployments. Serve replaces those of their replicas that die; where no replica of a kind
+    answers for some time, the way is dead until one does."""
 
-    dead = ""
+    def __init__(self, hosts: Mapping[str, Any], clock: Callable[[], float] = time.monotonic) -> None:
+        self._hosts, self._clock = hosts, clock
+        self._heard = dict.fromkeys(hosts, clock())
 
-    def __init__(self, hosts: Mapping[str, Any]) -> None:
-        self._hosts = hosts
+    @property
+    def dead(self) -> str:
+        """Which kind of stage does not answer, or empty."""
+        now = self._clock()
+        silent = [kind for kind, heard in self._heard.items() if now - heard > SILENT_SECONDS]
+        return f"no replica of the stage '{silent[0]}' has answered for {SILENT_SECONDS:.0f} s" if silent else ""
+
+    async def watch(self) -> None:
+        """Asks each kind again and again whether it is there."""
+
+        async def look(kind: str) -> None:
+            while True:
+                with suppress(TimeoutError, RayError, DeploymentUnavailableError, BackPressureError):
+                    await asyncio.wait_for(self._hosts[kind].stages.remote(), FROZEN_SECONDS)
+                    self._heard[kind] = self._clock()
+                await asyncio.sleep(HEALTH_SECONDS)
+
+        await asyncio.gather(*map(look, self._hosts))
 
     async def states(self) -> dict[str, str]:
         """Of each model, the state of the part that is farthest from the device."""

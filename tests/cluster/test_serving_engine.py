@@ -5,7 +5,9 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
 
+from oneira.cluster.serving import application
 from oneira.cluster.serving.engine import Engine, Stopping
 from oneira.cluster.serving.line import Full, Line
 from oneira.cluster.serving.models import load_models
@@ -161,6 +163,44 @@ def test_a_lease_that_is_taken_back_ends_what_is_under_way_and_nothing_else(tiny
         [state] = await service.draw("patient", asks(1))
         assert state["picture"].shape == (128, 128, 3) and engine.under_way == 0
         await engine.close()
+
+    asyncio.run(main())
+
+
+def test_stages_elsewhere_that_do_not_answer_are_seen_and_heard_again(monkeypatch):
+    monkeypatch.setattr(application, "HEALTH_SECONDS", 0.001)
+    now, lost = [0.0], [False]
+
+    class Host:
+        """A deployment's handle: its decoder may be lost."""
+
+        def __init__(self, kind):
+            self.stages, self.kind = self, kind
+
+        async def remote(self):
+            if lost[0] and self.kind == "decoder":
+                raise RayActorError
+            return {}
+
+    async def main():
+        way = application.Remote({kind: Host(kind) for kind in ("prior", "decoder")}, clock=lambda: now[0])
+        watch = asyncio.create_task(way.watch())
+
+        async def pass_time(seconds):
+            now[0] += seconds
+            await asyncio.sleep(0.05)
+
+        await pass_time(application.SILENT_SECONDS + 1)
+        assert way.dead == "", "both have answered since"
+        lost[0] = True
+        await pass_time(application.SILENT_SECONDS - 1)
+        assert way.dead == ""
+        await pass_time(2)
+        assert "'decoder'" in way.dead and not watch.done()
+        lost[0] = False
+        await pass_time(1)
+        assert way.dead == ""
+        watch.cancel()
 
     asyncio.run(main())
 
