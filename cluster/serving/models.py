@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneira.generative.finding import find_model
-from oneira.multimodal.public.names import absolute
+from oneira.multimodal.public.names import absolute, split
 from oneira.platform.errors import DataError, UsageError
 from oneira.platform.store import MODELS
 
@@ -60,6 +60,18 @@ def needed_kinds(names: Sequence[str]) -> list[str]:
     """The kinds of stages that models of these names have."""
     generative = [find_model(name) is not None for name in names]
     return [*(PICTURES if not all(generative) else ()), *(["sampler"] if any(generative) else [])]
+
+
+def must_be_here(name: str) -> None:
+    """Raises UsageError or DataError where this machine has no such model; loads nothing."""
+    from oneira.multimodal.shelf import folder_of
+
+    parts = split(name)
+    for part, path in parts.items():
+        if not path.exists():
+            raise UsageError(f"There is no '{path}', which '{part}' names.")
+    if not parts:
+        folder_of(name)
 
 
 def anywhere(name: str) -> str:

@@ -21,7 +21,7 @@ from oneira.platform import errors
 from oneira.platform.errors import ClusterError, UsageError, did_you_mean
 
 from ..connection import connect, is_loopback
-from .models import LOADER, anywhere
+from .models import LOADER, anywhere, must_be_here
 
 if TYPE_CHECKING:
     from .application import Layout
@@ -114,6 +114,9 @@ def serve(
         )
     trusted = None if tls is None else _checked(*tls)
     port = _free_port(host, port)
+    if address is None and loader == LOADER:  # where the cluster is elsewhere, models may be as well
+        for model in models:
+            must_be_here(model)
     connect(address)
     import ray
     from ray import serve as ray_serve
