@@ -127,8 +127,8 @@ def rbm_digits() -> Any:
 
 
 def ebm_moons() -> Any:
-    config = EBMConfig(step=0.1)
-    return _run(EBM, config, MOONS, steps=4000, batch_size=256, lr=1e-3, ema=0.99, precision="fp32")
+    config = EBMConfig(step=0.2, heat=0.3, pull=0.01, sweeps=300)
+    return _run(EBM, config, MOONS, steps=2500, batch_size=256, lr=2e-3, clip=0.1, ema=0.99, precision="fp32")
 
 
 def ebm_digits() -> Any:
