@@ -17,7 +17,7 @@ from .datasets import first_rows
 from .inception import Inception
 from .learning import scores_of
 from .models import load_model
-from .scores import SAMPLES, classifier_scores, samples_per_second
+from .scores import SAMPLES, classifier_scores, samples_per_second, to_tensors
 from .settings import ModelRun, report_pictures, samples_picture
 
 TIMED = 16  # samples
@@ -53,8 +53,14 @@ def describe_run(name: str, classifier: Classifier | Inception | None = None) ->
         "samples_per_s": samples_per_second(model, TIMED, time.perf_counter) if model.can_sample else None,
         "scores": scores, "judge": judge, "note": note,
         "picture": str(picture) if picture else None,
-        "texts": model.sample(TEXTS, 0) if model.space.kind == "text" and model.can_sample else [],
+        "texts": _texts(run, model) if model.space.kind == "text" else [],
     }  # fmt: skip
+
+
+def _texts(run: Run, model: Any) -> list[str]:
+    if model.can_sample:
+        return model.sample(TEXTS, 0)
+    return model.texts(to_tensors(first_rows(run.config.dataset(), "test", TEXTS)))
 
 
 def panel_of(row: dict[str, Any]) -> tuple[str, Any, list[str]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .choosing import check_choice, draw, narrowed
 from .models import GenerativeModel
-from .spaces import PAD, Space
+from .spaces import END, PAD, Space
 
 ASKED, HIDDEN, CHANGED = 0.15, 0.8, 0.1  # shares: of the tokens, and of those asked for
 
@@ -75,6 +75,16 @@ class MaskedTextModel(GenerativeModel):
             value = draw(logits[rows, place], uniform[rows, place])
             x[rows, place] = torch.where(open_[rows, place], value, x[rows, place])
         return x
+
+    def texts(self, batch: Mapping[str, Tensor]) -> list[str]:
+        """Each text with every third token hidden, and what it is filled in with."""
+        reader, x = self.space.reader(), batch["x"].cpu()
+        hidden = (torch.arange(x.shape[1]) % 3 == 2) & (x != PAD) & (x != END)
+        filled = self.complete(x, ~hidden, 0, temperature=0).cpu()
+        return [
+            f"{''.join('_' if gone else reader.decode([token]) for token, gone in zip(row, its, strict=True))} -> {reader.decode(whole)}"
+            for row, its, whole in zip(x.tolist(), hidden.tolist(), filled.tolist(), strict=True)
+        ]
 
     def own_scores(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
         """accuracy: how often a hidden token is said right."""

@@ -112,6 +112,10 @@ class GenerativeModel(nn.Module, ABC):
         """What a report warns of, a sentence each, of the scores that this model has."""
         return []
 
+    def texts(self, batch: Mapping[str, Tensor]) -> list[str]:
+        """What a page shows of test rows, of a model of texts that cannot be sampled from."""
+        return []
+
     def pictures(self, batch: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """What a report shows beside samples, of test rows: {caption: uint8 [H, W, 3]}."""
         return {}

@@ -107,6 +107,12 @@ class Translator(GenerativeModel):
         rows = [row[1:] for row in written.tolist()]
         return [reader.decode(row[: row.index(END)] if END in row else row) for row in rows]
 
+    def texts(self, batch: Mapping[str, Tensor]) -> list[str]:
+        """Each source, and the text that is made of it."""
+        reader = self.space.reader()
+        sources = [reader.decode(row) for row in batch["source"].tolist()]
+        return [f"{a} -> {b}" for a, b in zip(sources, self.translate(sources, 0, temperature=0), strict=True)]
+
     @torch.no_grad()
     def attention_maps(self, source: Tensor, tokens: Tensor) -> Tensor:
         """How much each place of tokens int64 [B, L] takes from each of source [B, S]: float32 [layers, B, N, L, S]."""

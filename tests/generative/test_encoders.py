@@ -71,6 +71,8 @@ def test_the_encoders_learn_to_fill_in(make, pairs):
     x = tokens(pairs, "red dog", "green owl")
     known = torch.ones_like(x, dtype=torch.bool)
     known[:, 1] = False
+    said = model.texts({"x": x})
+    assert len(said) == len(x) and all("_" in text and " -> " in text for text in said)
     filled = model.complete(x, known, 0)
     assert torch.equal(filled[known], x[known])
     words = {
@@ -94,6 +96,9 @@ def test_the_decoder_sees_the_source_and_not_the_future(pairs):
     assert maps.shape == (2, 1, 2, 5, 8) and maps[..., short.shape[1] :].abs().max() == 0
     assert torch.allclose(maps.sum(-1), torch.ones(2, 1, 2, 5), atol=1e-5)
     assert not torch.allclose(maps[0], maps[1], atol=1e-4) and model.pictures({"source": source, "x": target})
+    assert [text.partition(" -> ")[0] for text in model.texts({"source": source})] == [
+        pairs.space.reader().decode(row) for row in source.tolist()
+    ]
     assert torch.allclose(model.logits(model.read(short), target), said, atol=1e-5), "padding of the source is not seen"
 
 
