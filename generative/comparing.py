@@ -14,6 +14,7 @@ from oneira.platform.runs import Run
 
 from .classifier import Classifier
 from .datasets import first_rows
+from .finding import find_model
 from .inception import Inception
 from .learning import scores_of
 from .models import load_model
@@ -31,7 +32,8 @@ def describe_run(name: str, classifier: Classifier | Inception | None = None) ->
     Raises:
         UsageError, DataError: there is no such run, it is of another kind, or it is not trained yet.
     """
-    run = Run.open(name)
+    found = find_model(name)  # a preset's name means its newest trained run, as everywhere
+    run = Run.open(found.parent if found is not None and found.name == "model" else name)
     if not isinstance(run.config, ModelRun):
         raise DataError(f"The run '{run.path}' is of '{run.preset}', which trains no generative model of one network.")
     if not scores_of(run).exists():

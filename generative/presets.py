@@ -139,22 +139,31 @@ def ebm_digits() -> Any:
 # GANs -----------------------------------------------------------------------------------------------------------------
 
 
-def _gan(config: GANConfig, data: DataConfig, steps: int, beta1: float) -> Any:
+def _gan(config: GANConfig, steps: int, beta1: float) -> Any:
     return _run(
-        GAN, config, data, steps=steps, lr=5e-4, beta1=beta1, clip=0, ema=0.995, final_lr_fraction=0.2, precision="fp32"
+        GAN,
+        config,
+        DIGITS,
+        steps=steps,
+        lr=5e-4,
+        beta1=beta1,
+        clip=0,
+        ema=0.995,
+        final_lr_fraction=0.2,
+        precision="fp32",
     )
 
 
 def dcgan_digits() -> Any:
-    return _gan(GANConfig(objective="dcgan", critic_steps=1), DIGITS, 4000, 0.5)
+    return _gan(GANConfig(objective="dcgan", critic_steps=1), 4000, 0.5)
 
 
 def wgan_digits() -> Any:
-    return _gan(GANConfig(), DIGITS, 6000, 0.0)
+    return _gan(GANConfig(), 6000, 0.0)
 
 
 def cgan_digits() -> Any:
-    return _gan(GANConfig(conditional=True), DIGITS, 6000, 0.0)
+    return _gan(GANConfig(conditional=True), 6000, 0.0)
 
 
 # Codes ----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from oneira.platform.errors import ClusterError, DataError
@@ -211,7 +211,7 @@ class Remote:
 
         async def look(kind: str) -> None:
             while True:
-                with suppress(TimeoutError, RayError, DeploymentUnavailableError, BackPressureError):
+                with suppress(Exception):  # whatever it is, it is no answer; the next look may have one
                     await asyncio.wait_for(self._hosts[kind].stages.remote(), FROZEN_SECONDS)
                     self._heard[kind] = self._clock()
                 await asyncio.sleep(HEALTH_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import cache
 
@@ -147,7 +148,7 @@ def test_samples_are_written(whole, command, tmp_path):
     assert isinstance(command("sample", run.path, "--n", 0, "--out", tmp_path / "a.png").exception, UsageError)
 
 
-def test_runs_are_compared(whole, command, tmp_path):
+def test_runs_are_compared(whole, command, tmp_path, monkeypatch):
     names = [str(whole(preset)[0].path) for preset in SMALL]
     done = command("compare", *names, "--out", tmp_path / "page.html")
     assert done.exit_code == 0, done.output
@@ -169,6 +170,9 @@ def test_runs_are_compared(whole, command, tmp_path):
     assert "feature_frechet" in page and page.count("is not judged") == 1, "points are no pictures"
     wrong = command("compare", *names, "--sheet", tmp_path / "sheet.jpg")
     assert isinstance(wrong.exception, UsageError) and "png" in str(wrong.exception)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(names[0], tmp_path / "runs" / "realnvp-moons-1")
+    assert describe_run("realnvp-moons")["run"] == "realnvp-moons-1", "a preset's newest trained run"
     row = describe_run(names[0])
     assert (
         row["samples_per_s"] > 0
