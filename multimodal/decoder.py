@@ -3,9 +3,11 @@
     decoder = Decoder.new(DecoderConfig(), embed=128, text_width=128, mean=mean, std=std)
     stage = DecoderStage(decoder, steps=15, guidance=2.0)
 
-The network is diffusers' `UNet2DConditionModel` over blocks of 2x2 pixels, so that its costliest level has 32x32 places
-(a quarter of the arithmetic; no pixel is lost). The image embedding joins the timestep's, the text is read by
-cross-attention. Two further inputs tell where a place lies, which convolutions learn only from their edges.
+The network is diffusers' `UNet2DConditionModel` over blocks of 4x4 pixels, so that its costliest level has 16x16 places.
+It says what the picture is, not what the noise is: a block of flat colours and an edge is little to say, and 48 numbers of
+noise would have to pass through every channel (Li & He 2025, "Back to basics: let denoising generative models denoise").
+The image embedding joins the timestep's, the text is read by cross-attention. Two further inputs tell where a place lies,
+which convolutions learn only from their edges.
 
 Edits: GLIDE's way, not by putting known pixels back at every level of noise. The network sees the known pixels and the
 mask from its first step on, so a few steps suffice and edges fit; a quarter of its training has such a mask.
@@ -19,6 +21,7 @@ Legend: B rows, S side in pixels, E embedding, L places of a text, W width of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +41,6 @@ from .pictures import drawn_state, fit_mask, resize, to_signed
 from .stages import PictureRequest, Plan
 
 SCHEDULE = Schedule(kind="offset-cosine")
-BLOCK = 2  # pixels of a block, along each side
 HEAD = 32  # channels of an attention head
 GROUPS = 8  # of the group norms
 DROP_BOTH, DROP_IMAGE, DROP_TEXT = 0.1, 0.1, 0.2  # shares of the rows that train without
@@ -47,11 +49,12 @@ MASKED = 0.25  # share of the rows that train on an edit
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """size: pixels of the square picture. widths: channels of the levels, each half as fine as the one before; all but the
-    first attend. blocks: residual blocks of a level."""
+    """size: pixels of the square picture. block: pixels of a place of the finest level, along each side. widths: channels of
+    the levels, each half as fine as the one before; all but the first attend. blocks: residual blocks of a level."""
 
     size: int = 64
-    widths: tuple[int, ...] = (48, 96, 128)
+    block: int = 4
+    widths: tuple[int, ...] = (96, 160)
     blocks: int = 1
 
     def __post_init__(self) -> None:
@@ -60,17 +63,19 @@ class DecoderConfig:
         for width, unit in zip(self.widths, (GROUPS, *(HEAD,) * (len(self.widths) - 1)), strict=True):
             if width < unit or width % unit:
                 raise ConfigError(f"widths are {self.widths}; {width} must be a multiple of {unit}.")
-        least = BLOCK * 2 ** (len(self.widths) - 1)
+        for key in ("block", "blocks"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} is {getattr(self, key)}; it must be at least 1.")
+        least = self.block * 2 ** (len(self.widths) - 1)
         if self.size < least or self.size % least:
             raise ConfigError(f"size is {self.size}; with {len(self.widths)} levels it must be a multiple of {least}.")
-        if self.blocks < 1:
-            raise ConfigError(f"blocks is {self.blocks}; it must be at least 1.")
 
     def unet(self, embed: int, text_width: int) -> dict[str, Any]:
         """The arguments of diffusers' class."""
         attending = len(self.widths) - 1
         return {
-            "sample_size": self.size // BLOCK, "in_channels": 7 * BLOCK**2 + 2, "out_channels": 3 * BLOCK**2,
+            "sample_size": self.size // self.block, "in_channels": 7 * self.block**2 + 2,
+            "out_channels": 3 * self.block**2,
             "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * attending),
             "up_block_types": (*("CrossAttnUpBlock2D",) * attending, "UpBlock2D"),
             "block_out_channels": self.widths, "layers_per_block": self.blocks, "norm_num_groups": GROUPS,
@@ -94,10 +99,11 @@ class Decoder(nn.Module):
             self.register_buffer(key, conditions[key].clone())
         self.mean: Tensor
         self.std: Tensor
+        self.block = math.isqrt(unet.config.out_channels // 3)
         side = unet.config.sample_size
         along = torch.linspace(-1, 1, side)
         grid = torch.stack(torch.meshgrid(along, along, indexing="ij"))[None]
-        self.register_buffer("grid", grid, persistent=False)  # float32 [1, 2, S / 2, S / 2]: where a block lies
+        self.register_buffer("grid", grid, persistent=False)  # float32 [1, 2, G, G]: where each of GxG blocks lies
         self.grid: Tensor
 
     @classmethod
@@ -109,13 +115,13 @@ class Decoder(nn.Module):
 
     @property
     def size(self) -> int:
-        return self.unet.config.sample_size * BLOCK
+        return self.unet.config.sample_size * self.block
 
     def forward(
         self, x_t: Tensor, t: Tensor, known: Tensor, unknown: Tensor, image: Tensor, states: Tensor, mask: Tensor,
         no_image: Tensor, no_text: Tensor,
     ) -> Tensor:  # fmt: skip
-        """The prediction v, float32 [B, 3, S, S].
+        """The estimate of x_0, float32 [B, 3, S, S].
 
         Args:
             x_t: noised pictures. t: int64 [B].
@@ -125,25 +131,29 @@ class Decoder(nn.Module):
         """
         image = torch.where(no_image[:, None], self.no_image, (image - self.mean) / self.std)
         states = torch.where(no_text[:, None, None], self.no_text, states)
-        seen = F.pixel_unshuffle(torch.cat([x_t, known * (1 - unknown), unknown], 1), BLOCK)
+        seen = F.pixel_unshuffle(torch.cat([x_t, known * (1 - unknown), unknown], 1), self.block)
         seen = torch.cat([seen, self.grid.expand(len(x_t), -1, -1, -1)], 1)
         if self.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
             seen = seen.contiguous(memory_format=torch.channels_last)
         mask = mask | no_text[:, None]  # the stand-in is at every place
         found = self.unet(seen, t, states, class_labels=image, encoder_attention_mask=mask).sample
-        return F.pixel_shuffle(found.float(), BLOCK)
+        return F.pixel_shuffle(found.float(), self.block)
 
     def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Squared error of v. batch: pictures uint8 [B, S, S, 3], and what `embedding.encode` gives."""
+        """Squared error of x_0, in units of sigma: as much as the error of v (Salimans & Ho 2022, section 4) that it means.
+
+        batch: pictures uint8 [B, S, S, 3], and what `embedding.encode` gives.
+        """
         x_0 = to_signed(batch["pictures"])
-        x_t, t, target = training_pair(SCHEDULE, "v", x_0, generator)
+        x_t, t, target = training_pair(SCHEDULE, "x0", x_0, generator)
+        _, sigma = SCHEDULE.rates(t, x_0)
         lot = torch.rand(len(x_0), generator=generator, device=x_0.device)
         no_image = lot < DROP_BOTH + DROP_IMAGE
         no_text = (lot < DROP_BOTH) | ((lot >= DROP_BOTH + DROP_IMAGE) & (lot < DROP_BOTH + DROP_IMAGE + DROP_TEXT))
         unknown = random_masks(len(x_0), self.size, generator, x_0.device)
         text = batch["text_states"], batch["text_mask"]
         found = self(x_t, t, x_0, unknown, batch["image_embedding"], *text, no_image, no_text)
-        return F.mse_loss(found, target), {}
+        return ((found - target) / sigma).square().mean(), {}
 
     def save(self, folder: Path) -> None:
         conditions = {key: getattr(self, key) for key in ("mean", "std", "no_image", "no_text")}
@@ -228,7 +238,7 @@ class DecoderStage:
                     x_t, t, known, unknown, image, states, mask, no_image | without, no_text | without
                 )  # fmt: skip
 
-        advance([plan.row for plan in plans], network, SCHEDULE, "v", clip=1.0, device=place)
+        advance([plan.row for plan in plans], network, SCHEDULE, "x0", clip=1.0, device=place)
         for plan in plans:
             plan.step += 1
             if plan.row.done:

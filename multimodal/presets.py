@@ -12,22 +12,24 @@ from __future__ import annotations
 
 from oneira.generative.training import TrainSettings
 
+from .clip import ClipConfig
 from .part_settings import ArPriorRun, DecoderRun, PriorRun, UpsamplerRun
 from .settings import CheckerRun, ClipRun
 
 
 def scenes_clip() -> ClipRun:
     return ClipRun(
+        clip=ClipConfig(vision="resnet"),
         training=TrainSettings(
-            steps=20_000, batch_size=256, lr=1e-3, warmup=500, weight_decay=0.05, ema=0.999, save_every=500
-        )
+            steps=10_000, batch_size=64, lr=2e-3, warmup=200, weight_decay=0.05, ema=0.999, save_every=500
+        ),
     )
 
 
 def scenes_checker() -> CheckerRun:
     return CheckerRun(
         training=TrainSettings(
-            steps=12_000, batch_size=128, lr=2e-3, warmup=300, ema=0.999, save_every=500, channels_last=True
+            steps=8_000, batch_size=64, lr=2e-3, warmup=300, ema=0.999, save_every=500, channels_last=True
         )
     )
 

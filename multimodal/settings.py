@@ -14,7 +14,7 @@ from oneira.generative.training import TrainSettings
 
 from .checker import Checker, CheckerConfig
 from .clip import Clip, ClipConfig
-from .scenes import COLOURS, SHAPES, UNSEEN, agreement, captions, draw, grid_labels, sample
+from .scenes import COLOURS, SHAPES, UNSEEN, agreement, altered, captions, draw, grid_labels, sample
 from .words import Words, with_unknown_words
 
 
@@ -105,10 +105,21 @@ class CheckerRun:
 
 
 def caption_batch(words: Words, first: int, count: int, size: int, seed: int) -> dict[str, np.ndarray]:
-    """Scenes `first` and on of the training split: pictures uint8 [B, S, S, 3], tokens int64 [B, L]."""
-    scenes = sample(np.arange(first, first + count))
-    tokens = with_unknown_words(words(captions(scenes)), words, np.random.default_rng(seed))
-    return {"pictures": draw(scenes, size), "tokens": tokens}
+    """Scenes `first` and on of the training split: pictures uint8 [B, S, S, 3], tokens int64 [B, L].
+
+    The second half of the batch is the first with one thing altered in each scene. Without, colours and places tell the
+    pictures of a batch apart, and nothing asks for shapes (compare Yuksekgonul et al. 2023, section 4). And up to half of the
+    scenes show one object: there it is easiest to see what a word means.
+    """
+    some = sample(np.arange(first, first + count))
+    half = -(-count // 2)
+    alone, others = (np.flatnonzero((some.count == 1) == yes) for yes in (True, False))
+    alone = alone[: max(half // 2, half - len(others))]
+    base = some[np.concatenate([alone, others[: half - len(alone)]])]
+    both = base, altered(base, seed)[: count // 2]
+    tokens = words([text for scenes in both for text in captions(scenes)])
+    tokens = with_unknown_words(tokens, words, np.random.default_rng(seed))
+    return {"pictures": np.concatenate([draw(scenes, size) for scenes in both]), "tokens": tokens}
 
 
 def label_batch(first: int, count: int) -> dict[str, np.ndarray]:

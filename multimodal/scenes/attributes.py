@@ -128,6 +128,18 @@ def rearranged(scenes: Scenes, seed: int) -> Scenes:
     return other
 
 
+def altered(scenes: Scenes, seed: int = 0) -> Scenes:
+    """Scenes that differ from these in one thing alone, which a caption can tell: an object's shape (mostly), colour or size,
+    two objects' colours or places exchanged, or the background. What one learns from the difference is what it is about.
+
+    A scene stays as it is where no such change fits the picture and the training split.
+    """
+    other = scenes[np.arange(len(scenes))]
+    keys = [field.name for field in fields(other) if field.name not in ("slope", "angle", "shade")]
+    _alter(seed, *(getattr(other, key) for key in keys))
+    return other
+
+
 def compose(things: Sequence[Thing], background: str = "white") -> Scenes:
     """One scene of the given objects, without jitter. Whether they overlap is the caller's business.
 
@@ -237,6 +249,69 @@ def _rearrange(seed, index, kind, count, relation, slope, size, x, y, radius, an
         slope[n] = below(stream, 25) - 12
         _vary(stream, count[n], size[n], radius[n], angle[n], shade[n])
         _place(stream, kind[n], count[n], relation[n], radius[n], x[n], y[n])
+
+
+@numba.njit(**_JIT)
+def _alter(seed, index, kind, background, count, relation, shape, colour, size, x, y, radius):
+    for n in range(len(index)):
+        stream = stream_of(seed, len(SPLITS) + 1, index[n])
+        lot = below(stream, 100)
+        for _ in range(TRIES):
+            if lot < 10:
+                background[n] = (background[n] + 1 + below(stream, len(BACKGROUNDS) - 1)) % len(BACKGROUNDS)
+                break
+            new = shape[n].copy(), colour[n].copy(), size[n].copy(), x[n].copy(), y[n].copy(), radius[n].copy()
+            exchanged = lot < 50 and (kind[n] == RELATION or kind[n] == LIST)
+            places = lot < 30 and kind[n] == RELATION
+            if exchanged:
+                if places:
+                    _exchange(new[3])
+                    _exchange(new[4])
+                else:
+                    _exchange(new[1])
+            else:
+                _change(stream, kind[n], count[n], new[0], new[1], new[2], new[5])
+            if _belongs(TRAIN, kind[n], count[n], new[0], new[1]) and _fits(count[n], new[5], new[3], new[4]):
+                shape[n], colour[n], size[n] = new[0], new[1], new[2]
+                x[n], y[n], radius[n] = new[3], new[4], new[5]
+                if places:
+                    relation[n] ^= 1
+                break
+            if exchanged:
+                lot = 50  # try another change
+
+
+@numba.njit(**_JIT)
+def _exchange(values):
+    first = values[0]
+    values[0] = values[1]
+    values[1] = first
+
+
+@numba.njit(**_JIT)
+def _change(stream, kind, count, shape, colour, size, radius):
+    """Another shape, colour or size of one object, or of all in a group."""
+    what, chosen, by = below(stream, 10), below(stream, count), below(stream, 1 << 20)
+    for o in range(count):
+        if o != chosen and kind != GROUP:
+            continue
+        if what < 7:
+            shape[o] = (shape[o] + 1 + by % (len(SHAPES) - 1)) % len(SHAPES)
+        elif what < 8:
+            colour[o] = (colour[o] + 1 + by % (len(COLOURS) - 1)) % len(COLOURS)
+        else:
+            size[o] = (size[o] + 1 + by % (len(SIZES) - 1)) % len(SIZES)
+            radius[o] = RADII[size[o]] * (96 + below(stream, 9)) // 100
+
+
+@numba.njit(**_JIT)
+def _fits(count, radius, x, y):
+    """Whether all objects lie within the picture and apart."""
+    for o in range(count):
+        edge = np.int64(radius[o]) + GAP
+        if min(x[o], y[o]) < edge or max(x[o], y[o]) > UNIT - edge:
+            return False
+    return _disjoint(count, radius, x, y)
 
 
 @numba.njit(**_JIT)
