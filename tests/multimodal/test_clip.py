@@ -1,6 +1,7 @@
 """CLIP and its words: open_clip's format both ways, unknown words, the loss, and that it learns."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,9 +69,12 @@ def test_unknown_words_are_added_where_asked():
 # ---- open_clip's format
 
 
-def test_open_clip_and_transformers_read_our_folder(tiny, tmp_path):
+@pytest.mark.parametrize("vision", ["transformer", "resnet"])
+def test_open_clip_and_transformers_read_our_folder(vision, tmp_path):
     import open_clip
 
+    torch.manual_seed(0)
+    tiny = Clip.new(replace(TINY, vision=vision)).eval()
     tiny.save(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {CONFIG, WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
     theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
@@ -185,7 +189,24 @@ def test_loss_by_hand(tiny, monkeypatch):
 def test_batches_are_pure_functions_of_their_place(tiny):
     a, b = (caption_batch(tiny.words, 64, 8, 32, 5) for _ in range(2))
     assert all(np.array_equal(a[key], b[key]) for key in a)
-    assert np.array_equal(a["pictures"], draw(sample(np.arange(64, 72)), 32))
+    other = caption_batch(tiny.words, 72, 8, 32, 5)
+    assert not np.array_equal(a["pictures"], other["pictures"]) and not np.array_equal(a["tokens"], other["tokens"])
+
+
+@pytest.mark.parametrize("count", [2, 7, 64])
+def test_a_batch_holds_scenes_that_differ_in_one_thing_and_enough_of_one_object(tiny, count):
+    batch = caption_batch(tiny.words, 640, count, 32, 5)
+    assert batch["pictures"].shape == (count, 32, 32, 3) and len(batch["tokens"]) == count
+    half = -(-count // 2)
+    first, second = batch["pictures"][: count - half].astype(int), batch["pictures"][half:].astype(int)
+    far = np.abs(first - np.roll(second, 1, 0)).mean()  # another scene's
+    assert np.abs(first - second).mean() < 0.7 * far or count < 4
+    some = sample(np.arange(640, 640 + count))
+    base = np.concatenate([np.flatnonzero(some.count == 1)[: max(half // 2, 1)]])
+    drawn = draw(some, 32)
+    shown = {picture.tobytes() for picture in batch["pictures"][:half]}
+    assert len(shown) == half and shown <= {picture.tobytes() for picture in drawn}
+    assert count < 64 or (all(drawn[n].tobytes() in shown for n in base) and len(base) > 8)
 
 
 def test_it_learns_colours():
@@ -206,7 +227,7 @@ def test_it_learns_colours():
     assert np.mean(found == test.colour[:, 0]) > 0.35
 
 
-@pytest.mark.parametrize("bad", [{"embed": 0}, {"vision_width": 100}, {"patch": 7}])
+@pytest.mark.parametrize("bad", [{"embed": 0}, {"vision_width": 100}, {"patch": 7}, {"vision": "eye"}])
 def test_impossible_configs_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         ClipConfig(**bad)

@@ -18,6 +18,7 @@ from oneira.multimodal.scenes import (
     SPLITS,
     Thing,
     agreement,
+    altered,
     captions,
     combo_held_out,
     compose,
@@ -29,7 +30,7 @@ from oneira.multimodal.scenes import (
     true_reading,
     vocabulary,
 )
-from oneira.multimodal.scenes.attributes import GAP, GROUP, LIST, RADII, RELATION, SINGLE, UNIT
+from oneira.multimodal.scenes.attributes import GAP, GROUP, LIST, RADII, RELATION, SINGLE, UNIT, relation_of
 from oneira.multimodal.scenes.captions import (
     BACKGROUND_WORDS,
     COLOUR_WORDS,
@@ -80,9 +81,33 @@ def test_a_scene_depends_on_its_index_alone():
     assert digest(sample(order)) != digest(sample(order, seed=1)) != digest(sample(order, "all"))
 
 
+def test_an_altered_scene_differs_in_one_thing():
+    s = sample(MANY)
+    other = altered(s, 3)
+    assert all(np.array_equal(getattr(s, key), getattr(sample(MANY), key)) for key in vars(s))
+    assert all(np.array_equal(getattr(other, key), getattr(altered(s, 3), key)) for key in vars(s))
+    assert not np.array_equal(other.shape, altered(s, 4).shape)
+    keys = "background", "shape", "colour", "size", "relation"
+    differ = {key: (getattr(s, key) != getattr(other, key)).reshape(len(s), -1).any(1) for key in keys}
+    number = np.sum(list(differ.values()), axis=0)
+    assert number.max() == 1 and number.mean() > 0.97
+    assert {key: value.mean() > 0.03 for key, value in differ.items()} == dict.fromkeys(keys, True)
+    assert 0.4 < differ["shape"].mean() < 0.7
+    kept = "index", "kind", "count", "slope", "angle", "shade"
+    assert all(np.array_equal(getattr(s, key), getattr(other, key)) for key in kept)
+    swapped = differ["relation"]
+    assert np.array_equal(s.x[swapped, 0], other.x[swapped, 1])
+    assert np.array_equal(s.x[~swapped], other.x[~swapped]) and np.array_equal(s.y[~swapped], other.y[~swapped])
+    exchanged = differ["colour"] & (s.kind == LIST) & (s.colour[:, 0] == other.colour[:, 1])
+    assert (s.colour[exchanged, 1] == other.colour[exchanged, 0]).mean() > 0.9 and exchanged.sum() > 10
+    related = other[other.kind == RELATION]
+    where = relation_of(related.x[:, 0], related.x[:, 1], related.y[:, 0], related.y[:, 1])
+    assert np.array_equal(where, related.relation)
+    assert not np.any(held_out(other[:4000]))
+
+
 def test_objects_are_apart_and_inside():
-    for split in SPLITS:
-        s = sample(MANY, split)
+    for s in (*(sample(MANY, split) for split in SPLITS), altered(sample(MANY))):
         x, y, r = (v.astype(np.int64) for v in (s.x, s.y, s.radius))
         there = np.arange(3) < s.count[:, None]
         for v in (x, y):
