@@ -28,6 +28,7 @@ ATTEMPTS = 6
 STOP_SECONDS = 12  # that a job has to save and end before it is killed
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,99}")
 STATES = {"PENDING": "pending", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed", "STOPPED": "stopped"}
+MOST_FILE = 50_000  # characters; it travels in a variable of the environment
 NOT_AS_JOBS = ("submit", "jobs", "serve")
 
 
@@ -133,7 +134,9 @@ def submit(
         raise UsageError(f"The folder '{place}' must be absolute: it is a place on the cluster.")
     record = running() or {}
     head = record.get("address") if url == f"http://{record.get('dashboard')}" else None
-    document = json.dumps({"arguments": list(arguments), "folder": str(place), "head": head})
+    document = json.dumps(
+        {"arguments": list(arguments), "folder": str(place), "head": head, "files": _files(arguments)}
+    )
     environment = {
         "py_modules": [str(build_wheel(home() / "wheels"))],
         "env_vars": {VARIABLE: document, "ONEIRA_JOB_ID": job, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
@@ -193,6 +196,18 @@ def prepare(arguments: Sequence[str]) -> tuple[str, ...]:
         if given["run"] is None:
             rest += ["--run", f"{new_path(preset).name}-{secrets.token_hex(2)}"]
     return (name, *rest)
+
+
+def _files(arguments: Sequence[str]) -> dict[str, str]:
+    """What the command reads of this machine, which the cluster does not have: {argument: text} of `train FILE.toml`."""
+    files = {}
+    for argument in arguments[1:] if arguments[0] == "train" else ():
+        if argument.endswith(".toml") and Path(argument).is_file():
+            text = Path(argument).read_text(encoding="utf-8")
+            if len(text) > MOST_FILE:
+                raise UsageError(f"'{argument}' has {len(text)} characters; at most {MOST_FILE} travel with a job.")
+            files[argument] = text
+    return files
 
 
 def name_of(arguments: Sequence[str]) -> str:

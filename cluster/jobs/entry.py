@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ENTRYPOINT = "exec python -m oneira.cluster.jobs.entry"  # all that the shell of Ray's Jobs API ever sees
-VARIABLE = "ONEIRA_JOB"  # {"arguments": [...], "folder": where the command runs, "head": HOST:PORT or null}
+# {"arguments": [...], "folder": where the command runs, "head": HOST:PORT or null, "files": {argument: text}}
+VARIABLE = "ONEIRA_JOB"
 
 
 def main() -> None:
@@ -24,10 +27,20 @@ def main() -> None:
     folder = Path(job["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    sys.argv = ["oneira", *job["arguments"]]
+    sys.argv = ["oneira", *with_files(job["arguments"], job.get("files", {}))]
     from oneira.platform.cli import main as command
 
     command()
+
+
+def with_files(arguments: Sequence[str], files: Mapping[str, str]) -> list[str]:
+    """The arguments, with paths on this machine in the place of those that name a file of the submitter's."""
+    paths = {}
+    for argument, text in files.items():
+        place = Path(tempfile.mkdtemp(prefix="oneira-job-")) / Path(argument).name
+        place.write_text(text, encoding="utf-8")
+        paths[argument] = str(place)
+    return [paths.get(argument, argument) for argument in arguments]
 
 
 if __name__ == "__main__":

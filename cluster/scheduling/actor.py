@@ -106,6 +106,11 @@ class Desk:
         mail, self._mail[client] = self._mail[client], []
         return mail
 
+    async def beat(self, client: str) -> None:
+        """A process lives, whatever its listener is busy with."""
+        if client in self._clients:
+            self._heard[client] = max(self._heard[client], time.monotonic())
+
     async def leave(self, client: str) -> None:
         """A process ends in order: what it held is free."""
         if client in self._clients:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
+import logging
 import os
 import socket
 import threading
@@ -34,9 +35,11 @@ from .actor import find_desk
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
 ROOM_SECONDS = 20.0  # for which a model waits for room on a device
 LINGER_SECONDS = 2.0  # for which a lease stays after its block
 USABLE = 0.9  # of a device's memory
+BEAT_SECONDS = 1.0  # between two signs of life; see SILENCE_SECONDS of the actor
 CLOSE_SECONDS = 3.0  # for the listener to end
 RETRY_SECONDS = 0.1  # between two tries to reach a scheduler that is being started again
 SMOOTHING = 0.1  # of the seconds of a step
@@ -138,6 +141,7 @@ class _Session:
         self._closed = False
         self._thread = threading.Thread(target=self._listen, name="device-leases", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._beat, name="device-heartbeat", daemon=True).start()
         before_leaving.append(self.close)
         atexit.register(self.close)  # before Ray's own, which was registered when Ray was imported
 
@@ -226,7 +230,11 @@ class _Session:
     def _send_away(self, letter: dict[str, Any]) -> None:
         """Somebody else needs a model's room."""
         model = self._models[letter["model"]]
-        model.leave(letter.get("to", "cold"))
+        try:
+            model.leave(letter.get("to", "cold"))
+        except Exception:  # others' letters are still to be heard; its room stays taken in the books, as it is
+            log.exception("The model '%s' could not be moved away.", model.name)
+            return
         model.here = False
         if letter["kind"] == "Move":
             self.desk.moved.remote(letter["model"], letter["device"])
@@ -254,6 +262,15 @@ class _Session:
             self._hear_all()
         finally:
             _sessions.pop(os.getpid(), None)  # whoever connects again begins anew
+
+    def _beat(self) -> None:
+        """Says that this process lives, also while the listener moves a model for longer than silence may last."""
+        import ray
+
+        while self._thread.is_alive() and not self._closed and ray.is_initialized():
+            with suppress(Exception):  # away, or being started again
+                self.desk.beat.remote(self.id)
+            time.sleep(BEAT_SECONDS)
 
     def _hear_all(self) -> None:
         import ray
@@ -425,4 +442,4 @@ class ClusterDevice:
 
 def _of_this_process(model: str) -> str:
     """The name of this process's copy of a model in the books."""
-    return f"{model}@{os.getpid()}"
+    return f"{model}@{socket.gethostname()}:{os.getpid()}"

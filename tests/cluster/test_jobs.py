@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from oneira.cluster.jobs import client, supervisor, wheel
-from oneira.cluster.jobs.entry import ENTRYPOINT
+from oneira.cluster.jobs.entry import ENTRYPOINT, with_files
 from oneira.platform.errors import ClusterError, ConfigError, UsageError
 
 # --- the wheel -------------------------------------------------------------------------------------------------------
@@ -89,6 +90,23 @@ def test_all_attempts_of_a_training_share_one_run():
         "mine",
     )
     assert client.prepare(["resume", "mine"]) == ("resume", "mine")
+
+
+def test_a_file_of_settings_travels_along(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = 'preset = "realnvp-moons"\nseed = 3\n'
+    (tmp_path / "moons.toml").write_text(text)
+    arguments = client.prepare(["train", "moons.toml", "--smoke"])
+    files = client._files(arguments)
+    assert files == {"moons.toml": text}
+    assert client._files(("models", "list")) == {} == client._files(("train", "realnvp-moons"))
+    there = with_files(arguments, files)
+    place = Path(there[1])
+    assert place.is_absolute() and place.parent != tmp_path and place.name == "moons.toml"
+    assert place.read_text() == text and [there[0], "moons.toml", *there[2:]] == list(arguments)
+    (tmp_path / "moons.toml").write_text(text + "# long\n" * 10_000)
+    with pytest.raises(UsageError, match="70034"):
+        client._files(arguments)
 
 
 @pytest.mark.parametrize(
