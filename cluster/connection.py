@@ -184,6 +184,11 @@ def _join(address: str, *, local: bool) -> Cluster:
     if local:
         use_local_settings()
     must_answer(address)
+    if not local and _asks_for_nothing(address):
+        raise ClusterError(
+            f"The cluster at {address} takes work from anybody who reaches it. Start it with RAY_AUTH_MODE=token; nothing "
+            "was sent."
+        )
     try:
         with _keeping_sigterm():
             context: Any = ray.init(
@@ -220,15 +225,26 @@ def _silence(address: str, seconds: float) -> str | None:
         return str(error)
     if os.environ.get("RAY_USE_TLS") == "1":
         return None
+    found = _health(address, seconds / 2)
+    # A head that asks for a token is one too; `ray.init` brings it.
+    return None if found in ("ok", "unauthenticated") else f"the port is open but {found.replace('_', ' ')}"
+
+
+def _asks_for_nothing(address: str) -> bool:
+    """Whether a head answers one who brings no token. With TLS it has asked for a certificate before."""
+    return os.environ.get("RAY_USE_TLS") != "1" and _health(address, ANSWER_SECONDS) == "ok"
+
+
+def _health(address: str, seconds: float) -> str:
+    """What a head answers without a token: gRPC's name of the status, in small letters."""
     import grpc
 
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=seconds / 2, wait_for_ready=True)
+            channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=seconds, wait_for_ready=True)
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:  # a Ray head too; `ray.init` brings the token
-                return f"the port is open but {error.code().name.lower().replace('_', ' ')}"
-    return None
+            return error.code().name.lower()
+    return "ok"
 
 
 # --- what Ray reads from the environment -----------------------------------------------------------------------------

@@ -50,6 +50,38 @@ def test_a_dead_address_is_an_error_within_ten_seconds():
             assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize(("asks", "joins"), [(False, False), (True, True)])
+def test_a_cluster_elsewhere_that_asks_for_no_token_is_not_joined(monkeypatch, asks, joins):
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+    import ray
+
+    from oneira.cluster import connection
+
+    class Health(grpc.GenericRpcHandler):
+        def service(self, call):
+            def answer(request, context):
+                if asks:
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token?")
+                return b""
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    def init(**options):
+        raise RuntimeError("as far as Ray")
+
+    monkeypatch.setattr(ray, "init", init)
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[Health()])
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        with pytest.raises(ClusterError, match="as far as Ray" if joins else "from anybody"):
+            connection._join(address, local=False)
+    finally:
+        server.stop(None)
+
+
 def test_the_local_cluster_is_recorded_and_listens_on_loopback_only(ray_cluster):
     home = os.environ["ONEIRA_HOME"]
     with open(f"{home}/cluster/local.json") as file:
