@@ -44,7 +44,7 @@ class Serving:
 
     Args:
         models: names, as the loader takes them. loader: see `models.load_models`. key: see `web.make_app`.
-        rows: pictures under way at once. queue: pictures that may wait.
+        rows: pictures under way at once, in each replica of a stage. queue: pictures that may wait.
         replicas: of each kind of stage at least, in the layout "split".
         memory: bytes of a device that models and work may use; 0: most of it.
     """
@@ -79,7 +79,7 @@ def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Appli
     ingress = serve.deployment(name="ingress", ray_actor_options={"num_cpus": ACTOR_CPUS}, **front)(
         serve.ingress()(Split)
     )
-    return ingress.bind(serving, hosts)
+    return ingress.bind(serving, hosts, serving.rows * most)  # so much work that all replicas can be wanted
 
 
 def _engine(serving: Serving, kinds: Sequence[str] = KINDS) -> Engine:
@@ -170,7 +170,8 @@ def must_live(engine: Engine) -> None:
 class Split(_Ingress):
     """The ingress whose stages are elsewhere. It imports no torch."""
 
-    async def __init__(self, serving: Serving, hosts: Mapping[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, serving: Serving, hosts: Mapping[str, Any], places: int) -> None:  # type: ignore[misc]
+        """`places`: pictures under way at once. Serve awaits it."""
         self.key = serving.key
         found = await asyncio.gather(*(hosts[kind].stages.remote() for kind in hosts))
         names: dict[str, list[str]] = {}
@@ -180,7 +181,7 @@ class Split(_Ingress):
         if not names:
             raise DataError("No model has any stage.")
         way = Remote(hosts)
-        self.service = Service(way, names, Line(serving.rows, serving.queue))
+        self.service = Service(way, names, Line(places, serving.queue))
         self._watch = asyncio.create_task(way.watch())
         await self.service.begin()
 

@@ -565,3 +565,18 @@ def test_the_document_says_what_a_deadline_is(site):
         path for path, of in paths.items() if "post" in of and of["post"]["parameters"][0]["name"] == "X-Deadline-Ms"
     ]
     assert named == [path for path, of in paths.items() if "post" in of]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "replicas", "most"), [(2, 0, 1, 1), (16, 0, 1, 8), (4, 3, 1, 3), (2, 0, 5, 5)]
+)
+def test_the_ingress_of_many_replicas_lets_in_work_for_all_of_them(monkeypatch, cpus, gpus, replicas, most):
+    from oneira.cluster.serving import application
+
+    monkeypatch.setattr(application, "needed_kinds", lambda models: ["text", "decoder"])
+    serving = application.Serving(models=["m"], loader="", rows=4, replicas=replicas)
+    bound = application.build(serving, "split", cpus, gpus)._bound_deployment
+    assert bound.init_args[2] == 4 * most
+    host = bound.init_args[1]["decoder"]._bound_deployment
+    assert host._deployment_config.autoscaling_config.max_replicas == most
+    assert host._deployment_config.autoscaling_config.target_ongoing_requests == 4
