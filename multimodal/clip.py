@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from oneira.platform.errors import ConfigError, DataError, did_you_mean
 
+from .networks import plain_attention
 from .scenes import vocabulary
 from .words import END, Words
 
@@ -190,7 +191,8 @@ class Clip(nn.Module):
 
         batch: pictures uint8 [B, H, W, 3], tokens int64 [B, L].
         """
-        images, (texts, _) = self.image_features(batch["pictures"]), self.text_features(batch["tokens"])
+        with plain_attention(self.mean.device):
+            images, (texts, _) = self.image_features(batch["pictures"]), self.text_features(batch["tokens"])
         scale = self.network.logit_scale.clamp(max=HOTTEST).exp()
         logits = scale * images @ texts.T
         same = (batch["tokens"][:, None] == batch["tokens"]).all(-1).float()

@@ -36,7 +36,7 @@ from oneira.generative.diffusion import Row, Schedule, advance, training_pair
 from oneira.generative.learning import seed_of
 from oneira.platform.errors import ConfigError, DataError
 
-from .networks import diffusers_class, load_network, save_network
+from .networks import diffusers_class, load_network, plain_attention, save_network
 from .pictures import drawn_state, fit_mask, resize, to_signed
 from .stages import PictureRequest, Plan
 
@@ -152,7 +152,8 @@ class Decoder(nn.Module):
         no_text = (lot < DROP_BOTH) | ((lot >= DROP_BOTH + DROP_IMAGE) & (lot < DROP_BOTH + DROP_IMAGE + DROP_TEXT))
         unknown = random_masks(len(x_0), self.size, generator, x_0.device)
         text = batch["text_states"], batch["text_mask"]
-        found = self(x_t, t, x_0, unknown, batch["image_embedding"], *text, no_image, no_text)
+        with plain_attention(x_0.device):
+            found = self(x_t, t, x_0, unknown, batch["image_embedding"], *text, no_image, no_text)
         return ((found - target) / sigma).square().mean(), {}
 
     def save(self, folder: Path) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oneira.platform.errors import DataError
 
@@ -67,6 +69,12 @@ def load_network(folder: Path, name: str) -> tuple[Any, dict[str, Tensor]]:
         return network, {key: value.float() for key, value in conditions.items()}
     except (OSError, ValueError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise DataError(f"'{folder}' holds no {name} in diffusers' format: {_first_line(error)}") from error
+
+
+def plain_attention(place: torch.device) -> AbstractContextManager[Any]:
+    """For the forward pass of a training step: on a CPU the fused attention's backward pass is slower than plain products
+    over the few places that texts and small pictures have (docs/LOG.md)."""
+    return sdpa_kernel(SDPBackend.MATH) if place.type == "cpu" else nullcontext()
 
 
 def halve(folder: Path) -> None:

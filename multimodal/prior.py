@@ -29,7 +29,7 @@ from oneira.generative.diffusion import Row, Schedule, advance, training_pair
 from oneira.generative.learning import seed_of
 from oneira.platform.errors import ConfigError
 
-from .networks import diffusers_class, load_network, save_network
+from .networks import diffusers_class, load_network, plain_attention, save_network
 from .stages import PictureRequest, Plan
 
 SCHEDULE = Schedule(kind="cosine")
@@ -112,7 +112,8 @@ class Prior(nn.Module):
         x_0 = self.standardise(rows["image_embedding"])
         without = torch.rand(len(x_0), generator=generator, device=x_0.device) < DROPPED
         x_t, t, target = training_pair(SCHEDULE, "x0", x_0, generator)
-        found = self(x_t, t, rows["text_embedding"], rows["text_states"], rows["text_mask"], without)
+        with plain_attention(x_0.device):
+            found = self(x_t, t, rows["text_embedding"], rows["text_states"], rows["text_mask"], without)
         return F.mse_loss(found, target), {}
 
     def save(self, folder: Path) -> None:
