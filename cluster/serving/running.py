@@ -87,7 +87,7 @@ def serve(
 
     Args:
         models: built-in names, runs, folders or hub ids. layout: "fused" or "split".
-        host: any but a loopback address needs a `key`, which clients bear, and `tls`. port: 0 takes a free one.
+        host: any but a loopback address needs a `key`, which clients bear, and `tls`. port: 0 takes one that is free here.
         address: of the Ray cluster, as for `connect`. loader: "module:function", a model's name to its stages.
         replicas: of each kind of stage, in the layout "split"; where one dies, the others do its work.
         memory: bytes of a device that models and work may use, of whatever command; 0: nine tenths of it. Models that do not fit
@@ -113,7 +113,8 @@ def serve(
             "--plain-http where a proxy speaks TLS."
         )
     trusted = None if tls is None else _checked(*tls)
-    port = _free_port(host, port)
+    if address is None:
+        port = _free_port(host, port)
     if address is None and loader == LOADER:  # where the cluster is elsewhere, models may be as well
         for model in models:
             must_be_here(model)
@@ -127,11 +128,15 @@ def serve(
 
     if ray_serve.status().proxies:
         raise ClusterError("This cluster serves already: one server a cluster. Stop the other one, or use --address.")
+    head, here = _head(), ray.util.get_node_ip_address()
+    reached = _reached_at(host, head, here)
+    if address is not None and head == here:
+        port = _free_port(host, port)
     resources = ray.cluster_resources()
     serving = Serving(models=tuple(map(anywhere, models)), loader=loader, key=key, replicas=replicas, memory=memory)
     application = build(serving, layout, int(resources.get("CPU", 1)), int(resources.get("GPU", 0)))
     scheme = "http" if tls is None else "https"
-    server = Server(f"{scheme}://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}", trusted)
+    server = Server(f"{scheme}://{reached}:{port}", trusted)
     files = (
         {}
         if tls is None
@@ -149,6 +154,31 @@ def serve(
         server.close()
         raise
     return server
+
+
+def _head() -> str:
+    """The address of the cluster's head, where Serve listens."""
+    import ray
+
+    heads = [node for node in ray.nodes() if node["Alive"] and "node:__internal_head__" in node["Resources"]]
+    return heads[0]["NodeManagerAddress"] if heads else ray.util.get_node_ip_address()
+
+
+def _reached_at(host: str, head: str, here: str) -> str:
+    """Where this process reaches what listens at `host` on the head.
+
+    Raises:
+        UsageError: the head is another machine, and nobody else reaches that address of it.
+    """
+    everywhere = host in ("0.0.0.0", "::")
+    if head == here:
+        return "127.0.0.1" if everywhere else host
+    if is_loopback(host):
+        raise UsageError(
+            f"The cluster's head is another machine, {head}, whose '{host}' only it can reach. Run this command there, or give "
+            "--host 0.0.0.0 with a key and TLS."
+        )
+    return head if everywhere else host
 
 
 def _free_port(host: str, port: int) -> int:

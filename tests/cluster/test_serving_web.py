@@ -29,7 +29,7 @@ from oneira.cluster.serving.pacing import Pace
 from oneira.cluster.serving.pictures import Shelf
 from oneira.cluster.serving.service import Service
 from oneira.cluster.serving.watching import metrics_of
-from oneira.platform.errors import ClusterError
+from oneira.platform.errors import ClusterError, UsageError
 
 GENERATE, EDIT, VARY = "/v1/images/generations", "/v1/images/edits", "/v1/images/variations"
 BLEND, EMBED = "/v1/images/interpolations", "/v1/embeddings"
@@ -580,3 +580,17 @@ def test_the_ingress_of_many_replicas_lets_in_work_for_all_of_them(monkeypatch, 
     host = bound.init_args[1]["decoder"]._bound_deployment
     assert host._deployment_config.autoscaling_config.max_replicas == most
     assert host._deployment_config.autoscaling_config.target_ongoing_requests == 4
+
+
+def test_the_server_of_a_cluster_elsewhere_is_reached_at_its_head():
+    from oneira.cluster.serving.running import _reached_at
+
+    assert (
+        _reached_at("127.0.0.1", "10.0.0.1", "10.0.0.1")
+        == "127.0.0.1"
+        == _reached_at("0.0.0.0", "10.0.0.1", "10.0.0.1")
+    )
+    assert _reached_at("0.0.0.0", "10.0.0.1", "10.0.0.2") == "10.0.0.1"
+    assert _reached_at("gpu.example.org", "10.0.0.1", "10.0.0.2") == "gpu.example.org"
+    with pytest.raises(UsageError, match=r"10\.0\.0\.1.*--host 0\.0\.0\.0"):
+        _reached_at("127.0.0.1", "10.0.0.1", "10.0.0.2")
