@@ -106,9 +106,15 @@ class ArPrior(nn.Module):
         self.blocks = nn.TransformerEncoder(layer, config.layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, config.buckets)
 
+    @property
+    def clip_mean(self) -> Tensor:
+        """Of the embeddings that it has learnt, float32 [E]."""
+        return self.mean
+
     def encode(self, images: Tensor) -> Tensor:
         """Embeddings float32 [B, E] -> buckets int64 [B, K]."""
-        found = (images - self.mean) @ self.basis
+        with torch.autocast(images.device.type, enabled=False):  # half precision would miss buckets
+            found = (images.float() - self.mean) @ self.basis
         return torch.searchsorted(self.edges, found.T.contiguous()).T
 
     def decode(self, buckets: Tensor) -> Tensor:
@@ -134,6 +140,7 @@ class ArPrior(nn.Module):
         x = torch.cat([known, self.of_likeness(likeness)[:, None], self.of_value(given[..., None])], 1)
         x = x + self.place[: x.shape[1]]
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        mask = mask | without[:, None]  # what stands for no text tells nothing of its length
         unread = F.pad(~mask, (0, x.shape[1] - mask.shape[1]))
         return self.head(self.blocks(x, mask=later, src_key_padding_mask=unread)[:, self.length + 1 :]).float()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from oneira.generative.learning import write_folder
 from oneira.platform.errors import DataError, UsageError
@@ -12,11 +15,15 @@ from .ar_prior import CONFIG as AR_CONFIG
 from .ar_prior import ArPrior
 from .clip import Clip
 from .decoder import Decoder
-from .embedding import clip_folder
+from .embedding import clip_folder, statistics
 from .networks import halve
 from .prior import Prior
+from .shelf import TEXT_TO_IMAGE, kind_of
 from .text_to_image import ModelCard, write_card
 from .upsampler import Upsampler
+
+COUNTED = 256  # scenes whose embeddings are looked at
+FAR = 0.5  # deviations, on average over an embedding's components, that a mean may lie away
 
 
 def assemble(
@@ -33,8 +40,8 @@ def assemble(
         DataError: a part is not there or not trained yet, or the parts do not fit each other.
         UsageError: `out` is a folder of something else.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "model.json").is_file():
-        raise UsageError(f"'{out}' holds something else than a model; give a new folder.")
+    if out.is_file() or (out.exists() and any(out.iterdir()) and kind_of(out) != TEXT_TO_IMAGE):
+        raise UsageError(f"'{out}' is something else than a model of text to image; give a new folder.")
     sources = {"clip": clip_folder(clip), "prior": part_folder(prior), "decoder": part_folder(decoder)}
     if upsampler is not None:
         sources["upsampler"] = part_folder(upsampler)
@@ -48,7 +55,7 @@ def assemble(
             "sizes": given.sizes if upsampler is not None else (),
         }
     )
-    check_parts(sources)
+    check_parts(sources, card.sizes)
 
     def write(folder: Path) -> None:
         for name, source in sources.items():
@@ -73,9 +80,10 @@ def part_folder(name: str) -> Path:
     raise DataError(f"'{place}' holds no trained network: `oneira resume {name}` goes on with a run.")
 
 
-def check_parts(sources: dict[str, Path]) -> None:
-    """Loads every part, and raises DataError unless they were made for the same CLIP."""
-    embed, width, length = Clip.load(sources["clip"]).shape
+def check_parts(sources: dict[str, Path], sizes: Sequence[int] = ()) -> None:
+    """Loads every part, and raises DataError unless they were made for the same CLIP and pass on pictures of `sizes`."""
+    clip = Clip.load(sources["clip"])
+    embed, width, length = clip.shape
     prior: Prior | ArPrior
     if (sources["prior"] / AR_CONFIG).is_file():
         prior = ArPrior.load(sources["prior"])
@@ -91,8 +99,26 @@ def check_parts(sources: dict[str, Path]) -> None:
                 f"The {name} in '{sources[name]}' is of another CLIP: embeddings, text states and length are {shape}, but of "
                 f"the CLIP in '{sources['clip']}' {(embed, width, length)}."
             )
+    check_embeddings(clip, {"prior": prior.clip_mean, "decoder": decoder.mean}, sources)
     if "upsampler" in sources:
         Upsampler.load(sources["upsampler"])
+    if sizes and sizes[0] != 2 * decoder.size:
+        raise DataError(
+            f"The first upsampler makes pictures of {sizes[0]} pixels, but the decoder's have {decoder.size}; it must be twice "
+            "that."
+        )
+
+
+def check_embeddings(clip: Clip, means: Mapping[str, Tensor], sources: Mapping[str, Path]) -> None:
+    """Raises DataError where a part has learnt from other embeddings than this CLIP's: their means lie elsewhere."""
+    mean, std = statistics(clip, COUNTED)
+    for name, found in means.items():
+        away = ((found.cpu() - mean) / std).abs().mean()
+        if away > FAR:
+            raise DataError(
+                f"The {name} in '{sources[name]}' was trained on embeddings of another CLIP than that in '{sources['clip']}': "
+                f"their mean lies {away:.1f} deviations away."
+            )
 
 
 def folder_bytes(folder: Path) -> int:

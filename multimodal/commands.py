@@ -102,6 +102,10 @@ def judge(
 
     if prompts < 1:
         raise UsageError(f"{prompts} prompts asked for; there must be at least 1.")
+    if not 0 <= seed < 2**62:
+        raise UsageError(f"The seed is {seed}; it must be in [0, 2^62).")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder '{out.absolute().parent}'.")
     with json_on_stdout(as_json) as emit:
         from .checker import Checker
         from .scoring import score_pictures
@@ -118,10 +122,11 @@ def judge(
                 print(f"{done} of {of} pictures", file=sys.stderr, flush=True)
 
         scores = score_pictures(pipe, judge_of, prompts=prompts, seed=seed, progress=progress)
-        if out is not None:
-            out.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        scores["conditions"]["checker"] = str(place)
         emit(scores)
         print_scores(scores)
+        if out is not None:
+            out.write_text(json.dumps(scores, indent=1), encoding="utf-8")
 
 
 def print_scores(scores: dict[str, Any]) -> None:

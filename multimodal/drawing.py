@@ -12,6 +12,7 @@ from oneira.platform.errors import UsageError
 
 from .stages import PictureRequest, Stage, through
 
+MOST_GUIDANCE = 100
 Picture = Any  # a PIL image, or uint8 [H, W, 3]
 
 
@@ -29,7 +30,8 @@ class Drawing:
     def __call__(
         self, prompts: Sequence[str], *, seed: int = 0, steps: int | None = None, guidance: float | None = None
     ) -> list[Any]:
-        """One PIL image a prompt. Raises UsageError for an empty prompt, a negative seed, or steps outside [1, 1000]."""
+        """One PIL image a prompt. Raises UsageError for an empty prompt, a negative seed, steps outside [1, 1000],
+        or guidance outside [0, 100]."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in prompts:
             require(bool(prompt.strip()), "The prompt is empty.")
@@ -69,6 +71,11 @@ class Drawing:
 
         for request in requests:
             require(0 <= request.seed < 2**63, f"The seed is {request.seed}; it must be in [0, 2^63).")
+            guidance = request.guidance
+            require(
+                guidance is None or 0 <= guidance <= MOST_GUIDANCE,
+                f"The guidance is {guidance}; it must be in [0, {MOST_GUIDANCE}].",
+            )
         return [Image.fromarray(state["picture"]) for state in through(self.stages, requests)]
 
 

@@ -27,14 +27,20 @@ from .words import with_unknown_words
 COUNTED = 2048  # scenes from which statistics of embeddings are taken
 
 
+def clip_place(name: str) -> Path:
+    """The run or folder that `name` means; one of models/ where there is no such run."""
+    place, stored = place_of(name), (MODELS / name).absolute()
+    return stored if not place.exists() and (stored / CONFIG).is_file() else place
+
+
 def clip_folder(name: str) -> Path:
     """The folder in open_clip's format that `name` means: a run of scenes-clip, such a folder itself, or one of models/.
 
     Raises:
         DataError: there is none yet; the message says how to make one.
     """
-    place = place_of(name)
-    for folder in (place / "model", place, MODELS / name):
+    place = clip_place(name)
+    for folder in (place / "model", place):
         if (folder / CONFIG).is_file():
             return folder
     raise DataError(

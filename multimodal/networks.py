@@ -78,15 +78,17 @@ def plain_attention(place: torch.device) -> AbstractContextManager[Any]:
 
 
 def halve(folder: Path) -> None:
-    """Turns the weights of all files of a folder and its folders to half precision."""
+    """Turns the weights of all files of a folder and its folders to half precision. Raises DataError where one does not fit."""
     import safetensors
     import safetensors.torch
 
     for path in sorted(folder.rglob("*.safetensors")):
         tensors = safetensors.torch.load_file(path)
-        save_tensors(
-            {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}, path
-        )
+        small = {key: value.half() if value.is_floating_point() else value for key, value in tensors.items()}
+        for key, value in small.items():
+            if not torch.equal(value.isfinite(), tensors[key].isfinite()):
+                raise DataError(f"'{key}' in '{path}' is too large for half precision.")
+        save_tensors(small, path)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -20,12 +20,11 @@ from torch import Tensor
 from oneira.generative.learning import learn, lesson_report, seed_of, smoke_of
 from oneira.generative.training import TrainSettings
 from oneira.platform.devices import pick_device
-from oneira.platform.runs import place_of
 
 from .ar_prior import ArPrior, ArPriorConfig, ArPriorStage, Code
 from .clip import Clip
 from .decoder import Decoder, DecoderConfig, DecoderStage
-from .embedding import COUNTED, clip_folder, encode, load_clip, square_clip, statistics
+from .embedding import COUNTED, clip_folder, clip_place, encode, load_clip, square_clip, statistics
 from .pictures import resize, to_bytes, to_signed
 from .prior import Prior, PriorConfig, PriorStage
 from .scenes import UNSEEN, captions, draw, rearranged, sample
@@ -40,7 +39,7 @@ UPSAMPLER_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class PriorRun:
-    """The diffusion prior. clip: a run of scenes-clip, or a folder of open_clip's format. checks: captions of each score."""
+    """The diffusion prior. clip: a run of scenes-clip, a folder of open_clip's format, or one of models/. checks: captions of each score."""
 
     seed: int = 0
     clip: str = "scenes-clip"
@@ -49,7 +48,7 @@ class PriorRun:
     checks: int = 500
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "clip", str(place_of(self.clip)))
+        object.__setattr__(self, "clip", str(clip_place(self.clip)))
 
     def smoke(self) -> PriorRun:
         return replace(self, training=smoke_of(self.training), checks=32)
@@ -86,7 +85,7 @@ class ArPriorRun:
     checks: int = 500
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "clip", str(place_of(self.clip)))
+        object.__setattr__(self, "clip", str(clip_place(self.clip)))
 
     def smoke(self) -> ArPriorRun:
         return replace(self, training=smoke_of(self.training), checks=32)
@@ -125,7 +124,7 @@ class DecoderRun:
     checks: int = 128
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "clip", str(place_of(self.clip)))
+        object.__setattr__(self, "clip", str(clip_place(self.clip)))
 
     def smoke(self) -> DecoderRun:
         return replace(self, training=smoke_of(self.training), checks=4)

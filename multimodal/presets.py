@@ -37,7 +37,7 @@ def scenes_checker() -> CheckerRun:
 def scenes_prior() -> PriorRun:
     return PriorRun(
         training=TrainSettings(
-            steps=20_000, batch_size=64, lr=1e-3, warmup=500, weight_decay=0.02, ema=0.999, save_every=500
+            steps=4_000, batch_size=32, lr=1e-3, warmup=200, weight_decay=0.02, ema=0.998, save_every=500
         )
     )
 
@@ -45,7 +45,7 @@ def scenes_prior() -> PriorRun:
 def scenes_prior_ar() -> ArPriorRun:
     return ArPriorRun(
         training=TrainSettings(
-            steps=15_000, batch_size=128, lr=1e-3, warmup=500, weight_decay=0.02, ema=0.999, save_every=500
+            steps=4_000, batch_size=64, lr=1e-3, warmup=200, weight_decay=0.02, ema=0.998, save_every=500
         )
     )
 
@@ -53,7 +53,7 @@ def scenes_prior_ar() -> ArPriorRun:
 def scenes_decoder() -> DecoderRun:
     return DecoderRun(
         training=TrainSettings(
-            steps=20_000, batch_size=64, lr=1e-3, warmup=500, weight_decay=0.01, ema=0.9995, save_every=250,
+            steps=24_000, batch_size=32, lr=1.5e-3, warmup=500, weight_decay=0.01, ema=0.9995, save_every=500,
             channels_last=True,
         )
     )  # fmt: skip

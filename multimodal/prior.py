@@ -83,6 +83,11 @@ class Prior(nn.Module):
         return cls(network, config.levels)
 
     @property
+    def clip_mean(self) -> Tensor:
+        """Of the embeddings that it has learnt, float32 [E]."""
+        return self.network.clip_mean[0]
+
+    @property
     def embed(self) -> int:
         return self.network.config.embedding_dim
 

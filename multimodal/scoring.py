@@ -5,7 +5,8 @@
 
 One object of a pair of shape and colour never seen in training; two objects, of a combination never seen, with their
 relation. The caption says everything (size and background too); no caption is parsed to judge a picture. Each is also drawn
-with the prior replaced; see `TextToImage.conditioned`.
+with the prior replaced (see `TextToImage.conditioned`), and the judge reads the true picture, of the same size: what it gets
+wrong there is its own mistake.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .checker import Checker
-from .scenes import UNSEEN, agreement, captions, sample
+from .scenes import UNSEEN, Reading, Scenes, agreement, captions, draw, sample
 from .stages import PictureRequest, through
 from .text_to_image import CONDITIONS, TextToImage
 
@@ -59,11 +60,25 @@ def score_pictures(
                 pictures.append(state["picture"])
                 done += 1
                 progress(done, total)
-            right = agreement(scenes, checker.read(np.stack(pictures)))
-            scores[kind][condition] = {what: share(right[key]) for what, key in COUNTED[kind].items()}
-    used = {"prompts": prompts, "first_seed": seed, "splits": KINDS, "first_index": UNSEEN, "size": pipe.size}
+            scores[kind][condition] = counted(kind, scenes, checker.read(np.stack(pictures)))
+        scores[kind]["true picture"] = counted(kind, scenes, checker.read(draw(scenes, pipe.size)))
+    used = {
+        "model": pipe.name,
+        "device": str(pipe.clip.mean.device),
+        "prompts": prompts,
+        "first_seed": seed,
+        "splits": KINDS,
+        "first_index": UNSEEN,
+        "size": pipe.size,
+    }
     scores["conditions"] = {**used, **vars(pipe.card), "wall_s": time.perf_counter() - began}
     return scores
+
+
+def counted(kind: str, scenes: Scenes, reading: Reading) -> dict[str, Any]:
+    """{what: share} of what was read of pictures of these scenes."""
+    right = agreement(scenes, reading)
+    return {what: share(right[key]) for what, key in COUNTED[kind].items()}
 
 
 def share(right: np.ndarray) -> dict[str, Any]:

@@ -47,9 +47,10 @@ class ClipRun:
     def score(self, model: Clip) -> dict[str, float]:
         """Zero-shot accuracy among all shapes in all colours, and which of 100 captions belongs to a picture."""
         prompts = [
-            [form.format(f"{colour} {shape}") for form in ("a {}", "a picture of a {}", "one {}")]
+            [form.format(f"{colour} {shape}") for form in ("one {}", f"{article} {{}}", f"a picture of {article} {{}}")]
             for shape in SHAPES
             for colour in COLOURS
+            for article in ["an" if colour[0] in "aeiou" else "a"]
         ]
         scores = {}
         for split in ("pairs", "all"):

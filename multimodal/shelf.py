@@ -23,6 +23,7 @@ from .public.names import INDEX
 
 BUILTIN = Path(__file__).parent / "builtin"
 CLIP_CONFIG = "open_clip_config.json"
+TEXT_TO_IMAGE = "text to image"
 MOST_HEADER = 100_000_000  # bytes; what safetensors itself allows
 
 
@@ -88,7 +89,7 @@ def describe(name: str) -> Description:
         raise DataError(
             f"'{folder}' is no model: it has no {CARD} of ours, no {INDEX} of diffusers' and no {CLIP_CONFIG}."
         )
-    if kind not in ("CLIP", "text to image") and (folder / INDEX).is_file():
+    if kind not in ("CLIP", TEXT_TO_IMAGE) and (folder / INDEX).is_file():
         _check_public(folder)
     source = next((row.source for row in shelf() if Path(row.place).absolute() == folder.absolute()), "folder")
     model = Shelved(name=store.name_of(folder) if source == "folder" else str(name), source=source, kind=kind, place=str(folder), bytes=_weight_bytes(folder))  # fmt: skip
@@ -116,7 +117,7 @@ def kind_of(folder: Path) -> str | None:
     if is_model(folder):
         return str(read_json(folder / CARD).get("kind"))
     if (folder / CARD).is_file() and (folder / "decoder").is_dir():
-        return "text to image"
+        return TEXT_TO_IMAGE
     if (folder / INDEX).is_file():
         return str(read_json(folder / INDEX).get("_class_name", "unknown"))
     return "CLIP" if (folder / CLIP_CONFIG).is_file() else None

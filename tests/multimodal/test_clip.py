@@ -121,7 +121,10 @@ def test_a_folder_that_is_no_model_says_so(tiny, tmp_path, damage):
 # ---- embeddings
 
 
-def test_embeddings_have_length_one_and_do_not_depend_on_the_batch(tiny):
+@pytest.mark.parametrize("vision", ["transformer", "resnet"])
+def test_embeddings_have_length_one_and_do_not_depend_on_the_batch(vision):
+    torch.manual_seed(0)
+    tiny = Clip.new(replace(TINY, vision=vision)).eval()
     texts, pictures = captions(sample(np.arange(6))), draw(sample(np.arange(6)), 32)
     for embed, given in ((tiny.embed_texts, texts), (tiny.embed_images, pictures)):
         whole = embed(given)
@@ -158,9 +161,13 @@ def test_classes_of_several_texts_are_their_mean(tiny):
 # ---- training
 
 
-def test_every_parameter_gets_a_gradient():
+@pytest.mark.parametrize("vision", ["transformer", "resnet"])
+def test_every_parameter_gets_a_gradient(vision):
     torch.manual_seed(0)
-    model = Clip.new(TINY)
+    model = Clip.new(replace(TINY, vision=vision))
+    with torch.no_grad():
+        for parameter in model.parameters():  # gains that begin at zero hide what is before them
+            parameter += 0.1 * (parameter == 0)
     loss, values = model.loss(as_tensors(caption_batch(model.words, 0, 16, 32, 0)), generator())
     loss.backward()
     assert values.keys() == {"right", "scale"}

@@ -23,7 +23,7 @@ from oneira.platform.presets import load_preset
 from oneira.platform.runs import Run
 
 SMALL = {
-    "scenes-clip": {"clip": ClipConfig(embed=32, image_size=32, vision_width=32, vision_layers=1, text_width=32, text_layers=1)},
+    "scenes-clip": {"clip": ClipConfig(embed=32, image_size=32, vision="resnet", text_width=32, text_layers=1)},
     "scenes-checker": {"checker": CheckerConfig(width=8, blocks=1)},
     "scenes-prior": {"prior": PriorConfig(width=32, layers=1)},
     "scenes-prior-ar": {"prior": ArPriorConfig(width=32, layers=1, components=6, buckets=8)},

@@ -1,6 +1,7 @@
 """Prior, decoder and upsampler: their formats, their losses by hand, and the laws that every stage keeps."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import torch
 from oneira.generative.training import TrainSettings, fit
 from oneira.multimodal.ar_prior import ArPrior, ArPriorConfig, ArPriorStage, Code
 from oneira.multimodal.decoder import Decoder, DecoderConfig, DecoderStage, random_masks
-from oneira.multimodal.embedding import encode, load_clip, square_clip, statistics
-from oneira.multimodal.networks import CONFIG, WEIGHTS, halve
+from oneira.multimodal.embedding import clip_folder, encode, load_clip, square_clip, statistics
+from oneira.multimodal.networks import CONFIG, WEIGHTS, halve, save_tensors
 from oneira.multimodal.part_settings import scale_batch, strangers
 from oneira.multimodal.pictures import drawn_state, fit_mask, keep_outside, resize, to_bytes, to_signed
 from oneira.multimodal.prior import Prior, PriorConfig, PriorStage
@@ -19,6 +20,7 @@ from oneira.multimodal.stages import PictureRequest
 from oneira.multimodal.text_stage import TextStage
 from oneira.multimodal.upsampler import Upsampler, UpsamplerConfig, UpsamplerStage, enlarge
 from oneira.platform.errors import ConfigError, DataError, UsageError
+from oneira.platform.presets import load_preset
 
 NAMES = pytest.mark.parametrize("name", ["prior", "ar", "decoder", "upsampler"])
 CLASSES = {"prior": Prior, "ar": ArPrior, "decoder": Decoder, "upsampler": Upsampler}
@@ -381,6 +383,7 @@ def test_rearranged_scenes_fit_the_same_captions():
 
 def test_strangers_share_nothing():
     scenes = sample(np.arange(400), "all")
+    assert sum(len(strangers(scenes, k)) > 0 for k in range(20)) > 10
     for k in range(20):
         for other in strangers(scenes, k):
             assert scenes.background[other] != scenes.background[k] and scenes.count[other] != scenes.count[k]
@@ -466,6 +469,65 @@ def test_priors_learn_which_embedding_a_text_has(name):
     # A bucket at the edge between two texts is shared by them, so that a rare sample of "ar" goes astray.
     assert (cosines.argmax(2) == torch.arange(4)).float().mean() >= (1.0 if name == "prior" else 0.7)
     assert cosines.diagonal(dim1=1, dim2=2).mean() > (0.9 if name == "prior" else 0.7)
+
+
+def test_the_decoders_loss_and_what_it_hides_by_hand(parts, batches, monkeypatch):
+    """An estimate that is a sigma away everywhere costs 1; a tenth of the rows lack both conditions, and so on."""
+    from oneira.multimodal import decoder as module
+
+    model, seen = parts["decoder"], []
+    rows = 4000
+    batch = {key: value[:1].repeat(rows, *[1] * (value.dim() - 1)) for key, value in batches("decoder", 1).items()}
+    x_0 = to_signed(batch["pictures"])
+
+    def forward(x_t, t, known, unknown, image, states, mask, no_image, no_text):
+        alpha, sigma = module.SCHEDULE.rates(t, x_t)
+        assert torch.allclose(((x_t - alpha * x_0) / sigma).std(), torch.ones(()), atol=0.02)
+        seen.append((known, unknown, no_image, no_text))
+        return x_0 + sigma
+
+    monkeypatch.setattr(model, "forward", forward)
+    loss, _ = model.loss(batch, torch.Generator().manual_seed(0))
+    assert loss.item() == pytest.approx(1, abs=1e-4)
+    [(known, unknown, no_image, no_text)] = seen
+    shares = [(a & b).float().mean().item() for a in (no_image, ~no_image) for b in (no_text, ~no_text)]
+    assert shares == pytest.approx([0.1, 0.1, 0.2, 0.6], abs=0.03)
+    assert torch.equal(known, x_0) and (unknown.flatten(1).mean(1) < 1).float().mean().item() == pytest.approx(
+        0.25, abs=0.03
+    )
+
+
+def test_the_autoregressive_prior_does_not_see_how_long_a_hidden_text_is(parts, states):
+    model = parts["ar"]
+    text, known, mask = (
+        torch.as_tensor(states[0][key])[None] for key in ("text_embedding", "text_states", "text_mask")
+    )
+    given = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), text, known
+    short = torch.arange(mask.shape[1])[None] < 2
+    with torch.no_grad():
+        hidden = [model(*given, some, torch.tensor([True])) for some in (mask, short)]
+        shown = [model(*given, some, torch.tensor([False])) for some in (mask, short)]
+    assert torch.equal(*hidden) and not torch.equal(*shown)
+
+
+def test_weights_too_large_for_half_precision_are_refused(tmp_path):
+    save_tensors({"a": torch.ones(2), "b": torch.tensor([1.0, 1e5])}, tmp_path / "x.safetensors")
+    with pytest.raises(DataError, match=r"'b'.*half precision"):
+        halve(tmp_path)
+
+
+def test_a_clip_of_models_is_found_by_its_name(tiny_clip, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_clip, tmp_path / "models" / "small")
+    config = replace(load_preset("scenes-prior"), clip="small")
+    assert (
+        config.clip == str(tmp_path / "models" / "small") and clip_folder(config.clip) == tmp_path / "models" / "small"
+    )
+    assert clip_folder("small") == tmp_path / "models" / "small"
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    assert replace(config, clip="small").clip == str(tmp_path / "runs" / "small")
 
 
 def test_the_decoder_learns_which_colour_the_background_has(parts):
