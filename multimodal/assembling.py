@@ -18,7 +18,7 @@ from .decoder import Decoder
 from .embedding import clip_folder, statistics
 from .networks import halve
 from .prior import Prior
-from .shelf import TEXT_TO_IMAGE, kind_of
+from .shelf import BUILTIN, TEXT_TO_IMAGE, kind_of
 from .text_to_image import ModelCard, write_card
 from .upsampler import Upsampler
 
@@ -32,7 +32,7 @@ def assemble(
     """Writes a model's folder, in the place of one that is there, and returns what stands in its model.json.
 
     Args:
-        clip, prior, decoder, upsampler: runs, or folders that hold such a network; without an upsampler pictures stay as
+        clip, prior, decoder, upsampler: runs, folders that hold such a network, or "builtin"; without an upsampler pictures stay as
             the decoder draws them.
         card: steps, guidance and sizes; which prior it is, and whether there are sizes, is seen from the parts.
 
@@ -42,9 +42,13 @@ def assemble(
     """
     if out.is_file() or (out.exists() and any(out.iterdir()) and kind_of(out) != TEXT_TO_IMAGE):
         raise UsageError(f"'{out}' is something else than a model of text to image; give a new folder.")
-    sources = {"clip": clip_folder(clip), "prior": part_folder(prior), "decoder": part_folder(decoder)}
+    sources = {
+        "clip": clip_folder(clip),
+        "prior": part_folder(prior, "prior"),
+        "decoder": part_folder(decoder, "decoder"),
+    }
     if upsampler is not None:
-        sources["upsampler"] = part_folder(upsampler)
+        sources["upsampler"] = part_folder(upsampler, "upsampler")
     given = card or ModelCard()
     autoregressive = (sources["prior"] / AR_CONFIG).is_file()
     card = ModelCard(
@@ -67,11 +71,11 @@ def assemble(
     return card
 
 
-def part_folder(name: str) -> Path:
-    """The folder with the network of a run, or `name` itself. Raises DataError where there is none."""
+def part_folder(name: str, part: str) -> Path:
+    """The folder with the network of a run, `name` itself, or a part of the built-in model. Raises DataError where there is none."""
     from oneira.platform.runs import place_of
 
-    place = place_of(name)
+    place = BUILTIN / part if name == "builtin" else place_of(name)
     for folder in (place / "model", place):
         if (folder / "config.json").is_file() or (folder / AR_CONFIG).is_file():
             if (folder / "provenance.json").is_file():

@@ -22,13 +22,16 @@ from oneira.platform.store import MODELS
 
 from .clip import CONFIG, Clip
 from .scenes import Scenes, captions, draw, sample
+from .shelf import BUILTIN
 from .words import with_unknown_words
 
 COUNTED = 2048  # scenes from which statistics of embeddings are taken
 
 
 def clip_place(name: str) -> Path:
-    """The run or folder that `name` means; one of models/ where there is no such run."""
+    """The run or folder that `name` means; one of models/ where there is no such run; "builtin" is the model's that ships."""
+    if name == "builtin":
+        return BUILTIN / "clip"
     place, stored = place_of(name), (MODELS / name).absolute()
     return stored if not place.exists() and (stored / CONFIG).is_file() else place
 

@@ -39,7 +39,7 @@ UPSAMPLER_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class PriorRun:
-    """The diffusion prior. clip: a run of scenes-clip, a folder of open_clip's format, or one of models/. checks: captions of each score."""
+    """The diffusion prior. clip: a run of scenes-clip, a folder of open_clip's format, one of models/, or "builtin". checks: captions of each score."""
 
     seed: int = 0
     clip: str = "scenes-clip"

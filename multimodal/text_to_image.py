@@ -36,11 +36,11 @@ from .drawing import Drawing, Picture, as_array, require
 from .prior import Prior, PriorStage
 from .public.loading import load_public
 from .public.names import is_public
+from .shelf import BUILTIN
 from .stages import PictureRequest, Plan, Stage, through
 from .text_stage import TextStage
 from .upsampler import Upsampler, UpsamplerStage
 
-BUILTIN = Path(__file__).parent / "builtin"
 NAMES = ("builtin",)  # models that ship with the package
 MODEL = "model.json"
 CONDITIONS = ("prior", "text", "caption")
@@ -124,9 +124,9 @@ def find_model(name_or_folder: str | Path) -> Path:
     if str(name_or_folder) in NAMES:
         if not (BUILTIN / MODEL).is_file():
             raise DataError(
-                "The built-in text-to-image model is not here yet. Train it: oneira train scenes-clip --run scenes-clip, then "
-                "scenes-prior, scenes-decoder and scenes-upsampler likewise, then: oneira assemble --clip scenes-clip "
-                f"--prior scenes-prior --decoder scenes-decoder --upsampler scenes-upsampler --out {BUILTIN}"
+                "The built-in text-to-image model has no decoder yet. Train one (about ten hours on two cores): oneira train "
+                "scenes-decoder --set clip=builtin --run scenes-decoder, then: oneira assemble --clip builtin --prior builtin "
+                "--decoder scenes-decoder --upsampler builtin --out models/scenes, whose name is: --model scenes"
             )
         return BUILTIN
     folder = store.find(name_or_folder) or Path(name_or_folder).expanduser()

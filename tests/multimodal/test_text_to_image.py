@@ -18,8 +18,9 @@ from oneira.multimodal.checker import Checker, CheckerConfig
 from oneira.multimodal.decoder import Decoder, DecoderConfig
 from oneira.multimodal.scenes import draw, sample
 from oneira.multimodal.scoring import score_pictures, wilson
+from oneira.multimodal.shelf import BUILTIN
 from oneira.multimodal.stages import PictureRequest, through
-from oneira.multimodal.text_to_image import BUILTIN, MODEL, ModelCard
+from oneira.multimodal.text_to_image import MODEL, ModelCard
 from oneira.platform.errors import ConfigError, DataError, UsageError
 
 CARD = ModelCard(prior_steps=2, decoder_steps=3, upsampler_steps=1, sizes=(32, 64))
@@ -334,7 +335,7 @@ def test_generate_writes_what_python_draws(pipe, model, tmp_path):
 def test_without_built_in_weights_it_says_how_to_train_them(tmp_path):
     done = oneira("generate", "a red circle", "--out", tmp_path / "x.png")
     assert done.returncode == 3 and done.stderr.count("\n") == 1
-    assert "oneira train scenes-clip" in done.stderr and "oneira assemble" in done.stderr
+    assert "oneira train scenes-decoder" in done.stderr and "oneira assemble" in done.stderr
 
 
 @pytest.mark.parametrize(
