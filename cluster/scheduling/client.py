@@ -357,11 +357,27 @@ def _devices(host: str) -> list[dict[str, Any]]:
 
         for index in range(torch.cuda.device_count()):
             total = torch.cuda.get_device_properties(index).total_memory
-            about = {"name": f"{host}/cuda:{index}", "memory": int(USABLE * total), "slots": 1, "kind": "cuda"}
+            about = {
+                "name": f"{host}/{_kind_of(torch.device('cuda', index))}",
+                "memory": int(USABLE * total),
+                "slots": 1,
+                "kind": "cuda",
+            }
             found.append({**about, "node": host, "host": 0})
     elif place.type == "mps":
         found.append({**cpu, "name": f"{host}/mps", "slots": 1, "kind": "mps", "node": host, "host": 0})
     return found
+
+
+def _kind_of(place: torch.device) -> str:
+    """A device's name on its machine. A GPU has that of its chip: Ray shows each process its own GPUs, counted from 0."""
+    if place.type != "cuda":
+        return place.type
+    import torch
+
+    about = torch.cuda.get_device_properties(place.index or 0)
+    chip = getattr(about, "uuid", None)
+    return f"cuda:{place.index or 0}" if chip is None else f"cuda:{str(chip)[:13]}"
 
 
 class ClusterDevice:
@@ -402,9 +418,7 @@ class ClusterDevice:
 
     @property
     def _name(self) -> str:
-        place = self.torch_device
-        kind = f"{place.type}:{place.index or 0}" if place.type == "cuda" else place.type
-        return f"{_session().host}/{kind}"
+        return f"{_session().host}/{_kind_of(self.torch_device)}"
 
     def limit(self, memory: int) -> None:
         """The scheduler gives so many bytes of this device from now on, to all of the cluster together."""

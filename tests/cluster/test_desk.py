@@ -1,10 +1,12 @@
 """The scheduler's actor and its client without a cluster: signs of life, and a model that cannot be moved."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from oneira.cluster.scheduling import actor
+from oneira.cluster.scheduling import actor, client
 from oneira.cluster.scheduling.client import _Model, _of_this_process, _Session
 
 
@@ -60,6 +62,23 @@ def test_a_model_that_cannot_be_moved_ends_no_listener_and_stays_in_the_books(ca
     assert session._models[name].here == fails
     assert session.desk.told == ([] if fails else [("moved", name, "here/cpu")])
     assert ("could not be moved" in caplog.text) == fails
+
+
+def test_a_gpu_is_the_same_one_whatever_number_a_process_sees_it_by(monkeypatch):
+    """Two processes, each of which sees one GPU as its first, and a third that sees both."""
+    chips = {"a": "11111111-2222-3333-4444-555555555555", "b": "66666666-2222-3333-4444-555555555555"}
+    seen = {}
+    for process, visible in (("one", "a"), ("two", "b"), ("both", "ba")):
+        monkeypatch.setattr(client, "pick_device", lambda name="auto": torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda visible=visible: len(visible))
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda index, visible=visible: SimpleNamespace(uuid=chips[visible[index]], total_memory=100),
+        )
+        seen[process] = [device["name"] for device in client._devices("host") if device["kind"] == "cuda"]
+    assert seen["one"] != seen["two"] and seen["both"] == seen["two"] + seen["one"]
+    assert client._kind_of(torch.device("cuda")) == seen["both"][0].removeprefix("host/")
 
 
 def test_copies_of_two_machines_have_two_names(monkeypatch):
