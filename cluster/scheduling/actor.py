@@ -59,7 +59,7 @@ class Desk:
         for device in devices:
             self.scheduler.add_device(**device)
         for model in models:
-            self.scheduler.add_model(model["model"], model["bytes"])
+            self.scheduler.add_model(model["model"], model["bytes"], name)
             if model["here"]:
                 self.scheduler.announce(name, model["model"], model["bytes"], model["device"])
         for held in leases:
@@ -153,9 +153,10 @@ class Desk:
         """As `Scheduler.expect`."""
         return self.scheduler.expect(client, device, model=model, slots=slots)
 
-    async def add_model(self, name: str, bytes: int) -> None:
-        """As `Scheduler.add_model`."""
-        self.scheduler.add_model(name, bytes)
+    async def add_model(self, client: str, name: str, bytes: int) -> None:
+        """A process has a model of its own; see `Scheduler.add_model`."""
+        if client in self._clients:
+            self.scheduler.add_model(name, bytes, client)
 
     async def limit(self, client: str, device: str, memory: int) -> None:
         """As `Scheduler.limit`."""

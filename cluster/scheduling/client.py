@@ -212,7 +212,7 @@ class _Session:
 
     def add_model(self, model: _Model) -> None:
         self._models[model.name] = model
-        self.desk.add_model.remote(model.name, model.bytes)
+        self.desk.add_model.remote(self.id, model.name, model.bytes)
 
     def loaded(self, lease: ClusterLease, seconds: float, state: str) -> None:
         self._models[lease.fields["model"]].here = True

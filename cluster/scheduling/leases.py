@@ -187,7 +187,7 @@ Event = Granted | Wanted | Refused | Cancelled | Move | Drop
 class Model:
     """A model that may be asked for. `devices`: where it is HOT. `coming`: the lease that brings it to one more.
 
-    owner: the client that had it last. again: when bringing it may be thought of next.
+    owner: the client that had it last. only: the client whose own copy it is, with whom it ends; empty for none. again: when bringing it may be thought of next.
     """
 
     name: str
@@ -195,4 +195,5 @@ class Model:
     devices: set[str] = field(default_factory=set)
     coming: int = 0
     owner: str = ""
+    only: str = ""
     again: float = 0.0

@@ -118,6 +118,9 @@ class Working:
         else:
             peaks.insert(at, (rows, bytes))
 
+    def forget(self, model: str) -> None:
+        self._peaks.pop(model, None)
+
     def bytes(self, model: str, rows: int) -> int:
         """What a step of so many rows needs: the peak of the next larger batch measured, or the largest one's scaled up.
 

@@ -81,6 +81,9 @@ class Demand:
         weight, then = self._seen.get(model, (0.0, now))
         self._seen[model] = (weight * 0.5 ** ((now - then) / HALF_LIFE) + 1.0, now)
 
+    def forget(self, model: str) -> None:
+        self._seen.pop(model, None)
+
     def rate(self, model: str, now: float) -> float:
         """Asks a second."""
         weight, then = self._seen.get(model, (0.0, now))
@@ -99,6 +102,9 @@ class Restoring:
         """Tells what restoring took."""
         before = self._measured.get((model, state), seconds)
         self._measured[model, state] = before + SMOOTHING * (seconds - before)
+
+    def forget(self, model: str) -> None:
+        self._measured = {key: value for key, value in self._measured.items() if key[0] != model}
 
     def seconds(self, model: str, state: State, bytes: int) -> float:
         if state == "hot":

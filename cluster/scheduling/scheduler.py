@@ -69,12 +69,15 @@ class Scheduler:
         self.places[name] = Place(name, memory, slots, node, shared, kind)
         self._free.put(name, 0.0)
 
-    def add_model(self, name: str, bytes: int) -> None:
-        """Makes a model known by its size. It is COLD everywhere, unless it was known before."""
-        if name in self.models:
-            self.models[name].bytes = bytes
-        else:
+    def add_model(self, name: str, bytes: int, only: str = "") -> None:
+        """Makes a model known by its size. It is COLD everywhere, unless it was known before.
+
+        Args:
+            only: the client whose own copy it is: with that client it is forgotten.
+        """
+        if name not in self.models:
             self.models[name], self._hot[name] = Model(name, bytes), Soonest()
+        self.models[name].bytes, self.models[name].only = bytes, only
 
     def pin(self, model: str, device: str, pinned: bool = True) -> None:
         """A pinned model stays on its device."""
@@ -88,7 +91,8 @@ class Scheduler:
 
     def announce(self, client: str, model: str, bytes: int, device: str) -> bool:
         """A client says that a model of its own is on the device. False where it is not booked: there is no room."""
-        self.add_model(model, bytes)
+        if model not in self.models or self.models[model].bytes != bytes:
+            self.add_model(model, bytes, self.models[model].only if model in self.models else "")
         place = self.places[device]
         if model in place.ledger.residents:
             return True
@@ -237,6 +241,21 @@ class Scheduler:
                 self._leave(place, name, to="cold")
             if place.limit(client, None) or owned or place in touched:
                 self._advance(place)
+        for model in [model for model in self.models.values() if model.only == client]:
+            self._forget_model(model)
+
+    def _forget_model(self, model: Model) -> None:
+        """No process has it any more."""
+        wanted = any(lease.model == model.name for lease in self.leases.values())
+        if model.devices or wanted:  # of another client, which asks for what is not its own
+            return
+        for host in self.hosts.values():
+            host.forget(model.name)
+        del self.models[model.name], self._hot[model.name]
+        self.working.forget(model.name)
+        self.demand.forget(model.name)
+        self.restoring.forget(model.name)
+        self._took = {key: value for key, value in self._took.items() if key[0] != model.name}
 
     def adopt(self, lease: Lease) -> int:
         """Books in a lease that was granted before this scheduler began. Returns its number, or 0 where it does not fit."""

@@ -330,6 +330,28 @@ def test_a_lease_goes_to_the_device_that_has_its_model_unless_the_wait_is_longer
     assert devices == ["d0", "d0", "d0", "d1", "d0"]  # the fourth would wait 2.7 s
 
 
+def test_a_process_takes_its_own_copies_of_models_with_it_wherever_they_are():
+    _, scheduler = make(memory=50, host=100, models={"shared": 10})
+    scheduler.add_model("hot@c", 40, "c")
+    scheduler.add_model("warm@c", 45, "c")
+    scheduler.add_model("cold@c", 20, "c")
+    scheduler.release(scheduler.ask("c", "interactive", model="warm@c"))
+    held = scheduler.ask("c", "interactive", model="hot@c")
+    [leaving] = [event.model for event in scheduler.events() if isinstance(event, Move)]
+    scheduler.moved(leaving, "d")
+    scheduler.release(held)
+    states = {model["name"]: model["state"] for model in scheduler.report()["models"]}
+    assert states == {"shared": "cold", "hot@c": "hot", "warm@c": "warm", "cold@c": "cold"}
+    waiting = scheduler.ask("other", "interactive", model="shared")
+    scheduler.forget("c")
+    assert [model["name"] for model in scheduler.report()["models"]] == ["shared"]
+    host = scheduler.places["d"].host
+    assert (host.used, host.models) == (0, {}) and scheduler.places["d"].ledger.residents.keys() <= {"shared"}
+    assert scheduler.leases[waiting].state == "running"
+    scheduler.add_model("hot@c", 40, "c")  # it was only silent, and tells again what it has
+    assert scheduler.ask("c", "interactive", model="hot@c")
+
+
 def test_a_device_with_too_few_slots_takes_neither_a_lease_nor_the_model_for_it():
     clock = Clock()
     scheduler = Scheduler(clock)
