@@ -64,7 +64,7 @@ class ModelCard:
     prior_guidance: float = 2.0
     decoder_steps: int = 15
     decoder_guidance: float = 2.0
-    upsampler_steps: int = 3
+    upsampler_steps: int = 1
     sizes: tuple[int, ...] = (128, 256)
 
     def __post_init__(self) -> None:

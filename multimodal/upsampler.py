@@ -1,13 +1,13 @@
 """The upsampler: a picture of twice the side, 64 to 128 and 128 to 256 pixels (Ramesh et al. 2022, section 2.1).
 
     upsampler = Upsampler.new(UpsamplerConfig())
-    stages = [UpsamplerStage(upsampler, size=size, steps=4) for size in (128, 256)]
+    stages = [UpsamplerStage(upsampler, size=size, steps=1) for size in (128, 256)]
 
 Two stages of one network: it is convolutional throughout and sees the picture at no size in particular, and how an edge
 goes on between two pixels is the same question at both sizes. It learns both together, on squares cut out of the finer one.
 
-It predicts the picture itself, as what is to be added to the enlarged one: that is little, so three or four steps are
-enough, and a few channels. Conditioning noise (Ho et al. 2022, "Cascaded diffusion models", section 4): in training the
+It predicts the picture itself, as what is to be added to the enlarged one: that is little, and hardly ever in doubt, so one
+step is enough, and a few channels. Conditioning noise (Ho et al. 2022, "Cascaded diffusion models", section 4): in training the
 small picture is noised by a random strength, which the network is told, so that it does not trust a decoder's mistakes.
 
 Legend: B rows, S side in pixels of the large picture. Pictures within are float32 [-1, 1], [B, 3, S, S].
