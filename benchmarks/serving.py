@@ -88,14 +88,15 @@ def direct(model: str, loader: str) -> Callable[[int], None]:
     return draw
 
 
-def latency(draw: Callable[[int], None], pictures: int) -> float:
-    """Median seconds of a picture."""
-    seconds = []
+def latencies(ways: Sequence[Callable[[int], None]], pictures: int) -> list[float]:
+    """Median seconds of a picture by each way. They take turns, so that a machine which others slow down slows all of them."""
+    seconds: list[list[float]] = [[] for _ in ways]
     for seed in range(pictures + 2):
-        began = time.perf_counter()
-        draw(seed)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
+        for way, taken in zip(ways, seconds, strict=True):
+            began = time.perf_counter()
+            way(seed)
+            taken.append(time.perf_counter() - began)
+    return [statistics.median(taken[2:]) for taken in seconds]
 
 
 def throughput(draw: Callable[[int], None], pictures: int, clients: int) -> float:
@@ -128,16 +129,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--loader", default=LOADER)
     parser.add_argument("--pictures", type=int, default=20)
     options = parser.parse_args(argv)
-    peer = latency(direct(options.model, options.loader), options.pictures)
-    print(f"direct   {peer:.3f} s a picture (p50)")
+    draw = direct(options.model, options.loader)
     for layout in ("fused", "split"):
         with tempfile.TemporaryDirectory() as home:
             server = Command(options.model, options.loader, layout, home)
             try:
-                ours = latency(server.draw, options.pictures)
+                peer, ours = latencies([draw, server.draw], options.pictures)
                 one = throughput(server.draw, options.pictures, 1)
                 many = throughput(server.draw, options.pictures, CLIENTS)
-                print(f"{layout:<8} {ours:.3f} s a picture (p50): {ours / peer:.2f}x direct")
+                print(f"{layout:<8} {ours:.3f} s a picture (p50), direct {peer:.3f}: {ours / peer:.2f}x")
                 print(f"{'':<8} {many:.2f} pictures/s of {CLIENTS} clients, {one:.2f} of one: {many / one:.2f}x")
                 print(
                     f"{'':<8} start to first picture {server.seconds:.1f} s; {server.anonymous() / 1e9:.2f} GB anonymous"

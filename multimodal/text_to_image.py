@@ -124,7 +124,7 @@ def find_model(name_or_folder: str | Path) -> Path:
     if str(name_or_folder) in NAMES:
         if not (BUILTIN / MODEL).is_file():
             raise DataError(
-                "The built-in text-to-image model has no decoder yet. Train one (about ten hours on two cores): oneira train "
+                "The built-in text-to-image model has no decoder yet. Train one (about seven hours on a core): oneira train "
                 "scenes-decoder --set clip=builtin --run scenes-decoder, then: oneira assemble --clip builtin --prior builtin "
                 "--decoder scenes-decoder --upsampler builtin --out models/scenes, whose name is: --model scenes"
             )
