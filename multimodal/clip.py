@@ -51,8 +51,8 @@ class ClipConfig:
 
     Args:
         embed: E. image_size: pixels of the square pictures.
-        vision: "transformer", or "resnet", a small residual network of timm's (0.4 M parameters). On small pictures of few
-            objects it learns shapes in a tenth of the time that a vision transformer takes.
+        vision: "transformer", or "resnet", a small residual network of timm's (0.4 M parameters). On small pictures of few objects
+            it learns shapes in minutes, which the vision transformer had not begun to (docs/LOG.md).
         patch: pixels of a token of the vision transformer.
         vision_width, vision_layers, text_width, text_layers: of the transformers; heads are 32 wide.
         length: L, BEGIN and END included.
