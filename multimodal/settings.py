@@ -15,6 +15,7 @@ from oneira.generative.training import TrainSettings
 from .checker import Checker, CheckerConfig
 from .clip import Clip, ClipConfig
 from .scenes import COLOURS, SHAPES, UNSEEN, agreement, altered, captions, draw, grid_labels, sample
+from .scenes.captions import with_article
 from .words import Words, with_unknown_words
 
 
@@ -47,10 +48,9 @@ class ClipRun:
     def score(self, model: Clip) -> dict[str, float]:
         """Zero-shot accuracy among all shapes in all colours, and which of 100 captions belongs to a picture."""
         prompts = [
-            [form.format(f"{colour} {shape}") for form in ("one {}", f"{article} {{}}", f"a picture of {article} {{}}")]
+            [f"one {colour} {shape}", *(start + with_article(f"{colour} {shape}") for start in ("", "a picture of "))]
             for shape in SHAPES
             for colour in COLOURS
-            for article in ["an" if colour[0] in "aeiou" else "a"]
         ]
         scores = {}
         for split in ("pairs", "all"):

@@ -91,8 +91,7 @@ class Scheduler:
 
     def announce(self, client: str, model: str, bytes: int, device: str) -> bool:
         """A client says that a model of its own is on the device. False where it is not booked: there is no room."""
-        if model not in self.models or self.models[model].bytes != bytes:
-            self.add_model(model, bytes, self.models[model].only if model in self.models else "")
+        self.add_model(model, bytes, self.models[model].only if model in self.models else "")
         place = self.places[device]
         if model in place.ledger.residents:
             return True

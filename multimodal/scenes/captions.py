@@ -63,7 +63,8 @@ def _plural(noun: str) -> str:
     return PLURALS.get(noun, f"{noun}s")
 
 
-def _article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
+    """ "an orange star" """
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
@@ -98,19 +99,19 @@ class _Words:
         return " ".join(words)
 
     def single(self) -> str:
-        return _article(self.thing(0)) if self.lot(8) else f"one {self.thing(0)}"
+        return with_article(self.thing(0)) if self.lot(8) else f"one {self.thing(0)}"
 
     def group(self) -> str:
         words = self.thing(0).split(" ")
         return " ".join([COUNTS[self.scenes.count[self.n]], *words[:-1], _plural(words[-1])])
 
     def list(self) -> str:
-        first, second, third = (_article(self.thing(o)) for o in range(3))
+        first, second, third = (with_article(self.thing(o)) for o in range(3))
         return f"{first}, {second} and {third}" if self.lot(2) else f"{first} and {second} and {third}"
 
     def relation(self) -> str:
         relation = int(self.scenes.relation[self.n])
-        a, b = _article(self.thing(0)), _article(self.thing(1))
+        a, b = with_article(self.thing(0)), with_article(self.thing(1))
         if self.lot(3) == 0:  # the same said from the other's side
             a, b, relation = b, a, relation ^ 1
         if not self.full and self.lot(6) == 0:

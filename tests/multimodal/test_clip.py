@@ -209,7 +209,7 @@ def test_a_batch_holds_scenes_that_differ_in_one_thing_and_enough_of_one_object(
     far = np.abs(first - np.roll(second, 1, 0)).mean()  # another scene's
     assert np.abs(first - second).mean() < 0.7 * far or count < 4
     some = sample(np.arange(640, 640 + count))
-    base = np.concatenate([np.flatnonzero(some.count == 1)[: max(half // 2, 1)]])
+    base = np.flatnonzero(some.count == 1)[: max(half // 2, 1)]
     drawn = draw(some, 32)
     shown = {picture.tobytes() for picture in batch["pictures"][:half]}
     assert len(shown) == half and shown <= {picture.tobytes() for picture in drawn}
