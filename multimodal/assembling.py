@@ -10,6 +10,7 @@ from torch import Tensor
 
 from oneira.generative.learning import write_folder
 from oneira.platform.errors import DataError, UsageError
+from oneira.platform.runs import place_of
 
 from .ar_prior import CONFIG as AR_CONFIG
 from .ar_prior import ArPrior
@@ -71,11 +72,14 @@ def assemble(
     return card
 
 
+def part_place(name: str, part: str) -> Path:
+    """Where a part is looked for: the run or folder that `name` means; "builtin" is that of the model that ships."""
+    return BUILTIN / part if name == "builtin" else place_of(name)
+
+
 def part_folder(name: str, part: str) -> Path:
     """The folder with the network of a run, `name` itself, or a part of the built-in model. Raises DataError where there is none."""
-    from oneira.platform.runs import place_of
-
-    place = BUILTIN / part if name == "builtin" else place_of(name)
+    place = part_place(name, part)
     for folder in (place / "model", place):
         if (folder / "config.json").is_file() or (folder / AR_CONFIG).is_file():
             if (folder / "provenance.json").is_file():

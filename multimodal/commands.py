@@ -85,8 +85,10 @@ def assemble(
 
 
 def judge(
-    checker: Annotated[str, typer.Option(help="A run of scenes-checker, or its model's folder.")],
     model: MODEL = "builtin",
+    checker: Annotated[
+        str, typer.Option(metavar="RUN", help="A run of scenes-checker, its model's folder, or the one that ships.")
+    ] = "builtin",
     prompts: Annotated[int, typer.Option(help="Of each kind.")] = 500,
     seed: Annotated[int, typer.Option(help="Of the first picture's noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the scores.")] = None,
@@ -98,7 +100,6 @@ def judge(
 
     from oneira.platform.console import json_on_stdout
     from oneira.platform.errors import UsageError
-    from oneira.platform.runs import place_of
 
     if prompts < 1:
         raise UsageError(f"{prompts} prompts asked for; there must be at least 1.")
@@ -107,6 +108,7 @@ def judge(
     if out is not None and not out.absolute().parent.is_dir():
         raise UsageError(f"There is no folder '{out.absolute().parent}'.")
     with json_on_stdout(as_json) as emit:
+        from .assembling import part_place
         from .checker import Checker
         from .scoring import score_pictures
         from .text_to_image import TextToImage, load_text_to_image
@@ -114,7 +116,7 @@ def judge(
         pipe = load_text_to_image(model)
         if not isinstance(pipe, TextToImage):
             raise UsageError(f"'{model}' was not made by `oneira assemble`; only those know scenes, and can be judged.")
-        place = place_of(checker)
+        place = part_place(checker, "checker")
         judge_of = Checker.load(place / "model" if (place / "model").is_dir() else place)
 
         def progress(done: int, of: int) -> None:

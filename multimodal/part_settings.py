@@ -20,14 +20,16 @@ from torch import Tensor
 from oneira.generative.learning import learn, lesson_report, seed_of, smoke_of
 from oneira.generative.training import TrainSettings
 from oneira.platform.devices import pick_device
+from oneira.platform.errors import DataError
 
 from .ar_prior import ArPrior, ArPriorConfig, ArPriorStage, Code
+from .assembling import part_folder, part_place
 from .clip import Clip
 from .decoder import Decoder, DecoderConfig, DecoderStage
 from .embedding import COUNTED, clip_folder, clip_place, encode, load_clip, square_clip, statistics
 from .pictures import resize, to_bytes, to_signed
 from .prior import Prior, PriorConfig, PriorStage
-from .scenes import UNSEEN, captions, draw, rearranged, sample
+from .scenes import UNSEEN, Scenes, captions, draw, lesson_scenes, rearranged, sample
 from .stages import PictureRequest, Stage, through
 from .text_stage import TextStage
 from .upsampler import Upsampler, UpsamplerConfig, UpsamplerStage
@@ -115,22 +117,32 @@ class ArPriorRun:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderRun:
-    """The decoder; see `PriorRun`. checks: pictures drawn for the score."""
+    """The decoder; see `PriorRun`.
+
+    checks: pictures drawn for the score.
+    init: a run, a folder, or "builtin": the decoder whose weights the training begins with, on other scenes if the seed is
+        another; empty for random ones.
+    """
 
     seed: int = 0
     clip: str = "scenes-clip"
+    init: str = ""
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainSettings
     checks: int = 128
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clip", str(clip_place(self.clip)))
+        if self.init:
+            object.__setattr__(self, "init", str(part_place(self.init, "decoder")))
 
     def smoke(self) -> DecoderRun:
         return replace(self, training=smoke_of(self.training), checks=4)
 
     def train(self, run: Any, executor: Any) -> dict[str, Any]:
         clip_folder(self.clip)
+        if self.init:
+            part_folder(self.init, "decoder")
         return learn(self, run, executor)
 
     def report(self, run: Any) -> Path:
@@ -139,12 +151,22 @@ class DecoderRun:
     def build(self) -> Decoder:
         clip = load_clip(self.clip)
         mean, std = statistics(clip)
-        return Decoder.new(self.decoder, embed=clip.shape[0], text_width=clip.shape[1], mean=mean, std=std)
+        new = Decoder.new(self.decoder, embed=clip.shape[0], text_width=clip.shape[1], mean=mean, std=std)
+        if not self.init:
+            return new
+        found = Decoder.load(part_folder(self.init, "decoder"))
+        try:
+            new.load_state_dict(found.state_dict())
+        except RuntimeError as error:
+            raise DataError(
+                f"The decoder in '{self.init}' is of another shape: its settings are not {self.decoder}."
+            ) from error
+        return new
 
     def batches(self) -> Callable[[int], dict[str, Any]]:
         clip, count, size = load_clip(self.clip), self.training.batch_size, self.decoder.size
         found = embedding_batches(clip, count, self.seed)
-        return lambda step: {**found(step), "pictures": draw(sample(_places(step, count)), size)}
+        return lambda step: {**found(step), "pictures": draw(lesson_scenes(self.seed, step, count), size)}
 
     def score(self, model: Decoder) -> dict[str, float]:
         """By how much (of 1) the drawn pictures differ from the true ones, and how alike CLIP finds them, when the true
@@ -188,7 +210,7 @@ class UpsamplerRun:
 
     def batches(self) -> Callable[[int], dict[str, np.ndarray]]:
         count, size = self.training.batch_size, self.upsampler.size
-        return lambda step: scale_batch(_places(step, count), size, seed_of(self.seed, "cuts", step))
+        return lambda step: scale_batch(lesson_scenes(self.seed, step, count), size, seed_of(self.seed, "cuts", step))
 
     def score(self, model: Upsampler) -> dict[str, float]:
         """How far from true pictures (of 1), in root mean square; "bicubic" is what resizing would give."""
@@ -206,24 +228,19 @@ class UpsamplerRun:
         return {key: float(np.sqrt(np.square(value - true).mean()) / 255) for key, value in miss.items()}
 
 
-def _places(step: int, count: int) -> np.ndarray:
-    """The scenes of a step."""
-    return np.arange(step * count, (step + 1) * count)
-
-
 def embedding_batches(clip: Clip, count: int, seed: int) -> Callable[[int], dict[str, Tensor]]:
     """What CLIP says of `count` scenes of the training split a step; see `embedding.encode`."""
-    return lambda step: encode(clip, sample(_places(step, count)), seed_of(seed, "words", step))
+    return lambda step: encode(clip, lesson_scenes(seed, step, count), seed_of(seed, "words", step))
 
 
-def scale_batch(indices: np.ndarray, size: int, seed: int) -> dict[str, np.ndarray]:
+def scale_batch(scenes: Scenes, size: int, seed: int) -> dict[str, np.ndarray]:
     """Pictures of two sizes: large uint8 [B, size, size, 3], small half of that.
 
     Half of the scenes are seen whole at `size`, the others as a square cut out of twice the size, each drawn anew at half of
     it, as decoders draw: not made small from the large one.
     """
     rng = np.random.default_rng(seed)
-    whole, half = sample(indices[: len(indices) // 2]), sample(indices[len(indices) // 2 :])
+    whole, half = scenes[: len(scenes) // 2], scenes[len(scenes) // 2 :]
     large, small = [draw(whole, size)], [draw(whole, size // 2)]
     finer, coarser = draw(half, 2 * size), draw(half, size)
     for k, (left, top) in enumerate(rng.integers(0, size // 2 + 1, (len(half), 2))):

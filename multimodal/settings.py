@@ -14,7 +14,19 @@ from oneira.generative.training import TrainSettings
 
 from .checker import Checker, CheckerConfig
 from .clip import Clip, ClipConfig
-from .scenes import COLOURS, SHAPES, UNSEEN, agreement, altered, captions, draw, grid_labels, sample
+from .scenes import (
+    COLOURS,
+    SHAPES,
+    UNSEEN,
+    Scenes,
+    agreement,
+    altered,
+    captions,
+    draw,
+    grid_labels,
+    lesson_scenes,
+    sample,
+)
 from .scenes.captions import with_article
 from .words import Words, with_unknown_words
 
@@ -43,7 +55,9 @@ class ClipRun:
     def batches(self) -> Callable[[int], dict[str, np.ndarray]]:
         size, count = self.clip.image_size, self.training.batch_size
         words = Clip.new(self.clip).words
-        return lambda step: caption_batch(words, step * count, count, size, seed_of(self.seed, "words", step))
+        return lambda step: caption_batch(
+            words, lesson_scenes(self.seed, step, count), size, seed_of(self.seed, "words", step)
+        )
 
     def score(self, model: Clip) -> dict[str, float]:
         """Zero-shot accuracy among all shapes in all colours, and which of 100 captions belongs to a picture."""
@@ -95,7 +109,7 @@ class CheckerRun:
 
     def batches(self) -> Callable[[int], dict[str, np.ndarray]]:
         count = self.training.batch_size
-        return lambda step: label_batch(step * count, count)
+        return lambda step: label_batch(lesson_scenes(self.seed, step, count, "all"))
 
     def score(self, model: Checker) -> dict[str, float]:
         """The share of true pictures that are read right, by attribute; "all" is every attribute and place at once."""
@@ -105,14 +119,14 @@ class CheckerRun:
         return {**shares, "all": float((right["everything"] & right["places"]).mean())}
 
 
-def caption_batch(words: Words, first: int, count: int, size: int, seed: int) -> dict[str, np.ndarray]:
-    """Scenes `first` and on of the training split: pictures uint8 [B, S, S, 3], tokens int64 [B, L].
+def caption_batch(words: Words, some: Scenes, size: int, seed: int) -> dict[str, np.ndarray]:
+    """Of B scenes, or rather of half of them: pictures uint8 [B, S, S, 3], tokens int64 [B, L].
 
     The second half of the batch is the first with one thing altered in each scene. Without, colours and places tell the
     pictures of a batch apart, and nothing asks for shapes (compare Yuksekgonul et al. 2023, section 4). And up to half of the
     scenes show one object: there it is easiest to see what a word means.
     """
-    some = sample(np.arange(first, first + count))
+    count = len(some)
     half = -(-count // 2)
     alone, others = (np.flatnonzero((some.count == 1) == yes) for yes in (True, False))
     alone = alone[: max(half // 2, half - len(others))]
@@ -123,7 +137,6 @@ def caption_batch(words: Words, first: int, count: int, size: int, seed: int) ->
     return {"pictures": np.concatenate([draw(scenes, size) for scenes in both]), "tokens": tokens}
 
 
-def label_batch(first: int, count: int) -> dict[str, np.ndarray]:
-    """Scenes `first` and on, nothing held out: pictures uint8 [B, 64, 64, 3], and their `grid_labels`."""
-    scenes = sample(np.arange(first, first + count), "all")
+def label_batch(scenes: Scenes) -> dict[str, np.ndarray]:
+    """Their pictures, uint8 [B, 64, 64, 3], and their `grid_labels`."""
     return {"pictures": draw(scenes, 64), **grid_labels(scenes)}

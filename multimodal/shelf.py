@@ -101,10 +101,6 @@ def describe(name: str) -> Description:
 def folder_of(name: str) -> Path:
     """Where the model of a name is: built-in, a run or preset, a folder, one of `models/`, or the hub's."""
     if name == "builtin":
-        if kind_of(BUILTIN) is None:
-            raise DataError(
-                "The built-in text-to-image model has no decoder yet; `oneira generate` says how to train one."
-            )
         return BUILTIN
     run = _run_model(name)
     found = run or find_generative(name) or store.find(name)

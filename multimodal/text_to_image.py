@@ -87,7 +87,7 @@ def load_text_to_image(
 
     Raises:
         UsageError: there is no such name or folder.
-        DataError: the folder is no model, or lacks a part; the built-in weights are not there yet.
+        DataError: the folder is no model, or lacks a part.
     """
     place = pick_device(device)
     if is_public(str(name_or_folder)):
@@ -122,12 +122,6 @@ def load_prior(folder: Path, card: ModelCard, place: torch.device) -> Stage:
 def find_model(name_or_folder: str | Path) -> Path:
     """The folder of a model. Raises UsageError for an unknown name, DataError where a folder holds no model."""
     if str(name_or_folder) in NAMES:
-        if not (BUILTIN / MODEL).is_file():
-            raise DataError(
-                "The built-in text-to-image model has no decoder yet. Train one (about seven hours on a core): oneira train "
-                "scenes-decoder --set clip=builtin --run scenes-decoder, then: oneira assemble --clip builtin --prior builtin "
-                "--decoder scenes-decoder --upsampler builtin --out models/scenes, whose name is: --model scenes"
-            )
         return BUILTIN
     folder = store.find(name_or_folder) or Path(name_or_folder).expanduser()
     if folder.is_file():

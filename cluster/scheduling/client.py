@@ -42,6 +42,7 @@ USABLE = 0.9  # of a device's memory
 BEAT_SECONDS = 1.0  # between two signs of life; see SILENCE_SECONDS of the actor
 CLOSE_SECONDS = 3.0  # for the listener to end
 RETRY_SECONDS = 0.1  # between two tries to reach a scheduler that is being started again
+JOIN_SECONDS = 30.0  # for which a new client tries: the scheduler's machine may just have died
 SMOOTHING = 0.1  # of the seconds of a step
 EXPECT_SECONDS = 1.0  # for the scheduler to say how long a wait would be
 
@@ -137,7 +138,7 @@ class _Session:
         self._models: dict[str, _Model] = {}
         self._limits: dict[str, int] = {}
         self._lock = threading.Lock()
-        self._join()
+        self._join_soon()
         self._closed = False
         self._thread = threading.Thread(target=self._listen, name="device-leases", daemon=True)
         self._thread.start()
@@ -307,6 +308,20 @@ class _Session:
                     self._leases.pop(lease.number, None)
             if goes:
                 self.desk.release.remote(self.id, lease.number)
+
+    def _join_soon(self) -> None:
+        """Joins, also where the scheduler has just died: Ray starts it again, or a new one is made."""
+        from ray.exceptions import RayActorError
+
+        end = time.monotonic() + JOIN_SECONDS
+        while True:
+            try:
+                return self._join()
+            except RayActorError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(RETRY_SECONDS)
+            self.desk = find_desk()
 
     def _join(self) -> None:
         import ray

@@ -120,6 +120,11 @@ def sample(indices: np.ndarray, split: str = "train", seed: int = 0) -> Scenes:
     return scenes
 
 
+def lesson_scenes(seed: int, step: int, count: int, split: str = "train") -> Scenes:
+    """What a run of this seed learns from at a step: scenes that no other step has, nor another seed."""
+    return sample(np.arange(step * count, (step + 1) * count), split, seed)
+
+
 def rearranged(scenes: Scenes, seed: int) -> Scenes:
     """Other scenes that the same captions fit: the same objects, background and relation, otherwise placed and jittered."""
     other = scenes[np.arange(len(scenes))]

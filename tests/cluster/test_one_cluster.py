@@ -93,8 +93,8 @@ def place(tmp_path):
     made.close()
 
 
-def draw(url, seed):
-    body = json.dumps({"prompt": "a red circle", "seed": seed}).encode()
+def draw(url, seed, prompt="a red circle"):
+    body = json.dumps({"prompt": prompt, "seed": seed}).encode()
     request = urllib.request.Request(f"{url}/v1/images/generations", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)["data"][0]["b64_json"]
@@ -141,3 +141,71 @@ def test_a_job_a_dream_and_a_server_share_the_device_and_the_run_is_the_same_to_
     place.oneira("train", *TRAIN, "--run", str(place.folder / "alone"), "--executor", "serial")
     weights = [(place.folder / run / "model" / "model.safetensors").read_bytes() for run in ("shared", "alone")]
     assert weights[0] == weights[1]
+
+
+SOAK_SECONDS = float(os.environ.get("ONEIRA_SOAK_SECONDS", 1800))
+WINDOW = 1 / 6  # of the soak: how long the beginning and the end are looked at; as long again is warm-up
+
+
+def footprint(roots):
+    """{what a process is: (processes, file descriptors, bytes of anonymous memory)} of processes and all they started."""
+    found = {}
+    for root in roots:
+        for process in [root, *root.children(recursive=True)]:
+            try:
+                words = process.cmdline()
+                place = Path("/proc") / str(process.pid)
+                descriptors = len(os.listdir(place / "fd"))
+                lines = (place / "smaps_rollup").read_text().splitlines()
+            except (psutil.Error, OSError):  # it ended meanwhile
+                continue
+            kind = next((word for word in ("gcs_server", "raylet", "dashboard") if word in " ".join(words[:3])), None)
+            kind = kind or (re.split("[:.]", words[0])[2] if words and words[0].startswith("ray::") else "python")
+            size = sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss_Anon:"))
+            processes, before, memory = found.get(kind, (0, 0, 0))
+            found[kind] = (processes + 1, before + descriptors, memory + size)
+    return found
+
+
+def growth(looks, which):
+    """How much larger the median of the last looks is than that of the first, as a share."""
+    count = max(1, len(looks) // 4)
+    first, last = (sorted(look[which] for look in part)[count // 2] for part in (looks[:count], looks[-count:]))
+    return last / first - 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SOAK_SECONDS + 600)
+def test_serving_and_training_for_half_an_hour_take_no_more_and_no_more(place, capsys):
+    """Of Oneira's own processes; Ray's daemons keep books of what they did, and are shown."""
+    serve = ("serve", "--loader", "tiny:load", "--model", "tiny", "--port", "0", "--address", place.address)
+    server = place.start([sys.executable, "-m", "oneira.platform.cli", *serve])
+    url = re.search(r"http://\S+", server.stdout.readline())[0]
+    train = ("realnvp-moons", "--set", "training.steps=100000000", "--run", str(place.folder / "long"))
+    job = place.oneira("submit", "train", *train).split()[0]
+    right, pictures, looks = [draw(url, seed) for seed in range(2)], 0, []
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < SOAK_SECONDS:
+        draw(url, pictures + 10, f"picture {pictures} of a row without end")  # nothing that a cache has seen
+        pictures += 1
+        if pictures % 20 == 0:
+            assert [draw(url, seed) for seed in range(2)] == right
+        if passed > WINDOW * SOAK_SECONDS and (not looks or passed - looks[-1][0] > 10):
+            looks.append((passed, footprint([psutil.Process(place.host.pid), psutil.Process(server.pid)])))
+        time.sleep(0.5)
+    assert json.loads(place.oneira("jobs", "status", job, "--json"))["state"] == "running"
+    steps = [json.loads(line)["step"] for line in (place.folder / "long" / "metrics.jsonl").read_text().splitlines()]
+    place.oneira("jobs", "stop", job)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=60) == 0
+    kinds = sorted(set.intersection(*(set(look) for _, look in looks)))
+    daemons = {"gcs_server", "raylet", "dashboard"}
+    with capsys.disabled():
+        print(f"\n{pictures} pictures, {steps[-1]} steps of training, {len(looks)} looks")
+        for kind in kinds:
+            rows = [look[kind] for _, look in looks]
+            print(f"{kind:<28} {rows[-1][0]} processes, descriptors {rows[0][1]} to {rows[-1][1]} ({growth(rows, 1):+.2%}), "
+                  f"memory {rows[0][2] / 2**20:.1f} to {rows[-1][2] / 2**20:.1f} MiB ({growth(rows, 2):+.2%})")  # fmt: skip
+    ours = [tuple(sum(look[k][i] for k in kinds if k not in daemons) for i in range(3)) for _, look in looks]
+    assert growth(ours, 1) <= 0.01 and growth(ours, 2) <= 0.01, (growth(ours, 1), growth(ours, 2))
+    assert steps[-1] > steps[len(steps) // 2] > 0

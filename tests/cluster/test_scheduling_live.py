@@ -192,6 +192,27 @@ def test_a_scheduler_that_dies_comes_back_and_knows_who_has_what(device, strange
     ray.get(paused, timeout=10)
 
 
+def test_a_process_joins_also_where_the_scheduler_has_just_died(device, monkeypatch):
+    from ray.exceptions import RayActorError
+
+    from oneira.cluster.scheduling import client
+
+    found, tries = client.find_desk, []
+
+    class Dead:
+        class join:
+            @staticmethod
+            def remote(*arguments):
+                tries.append(arguments)
+                raise RayActorError
+
+    monkeypatch.setattr(client, "find_desk", lambda: Dead if len(tries) < 2 else found())
+    monkeypatch.setattr(client, "_sessions", {})
+    with client.ClusterDevice("cpu").lease(priority="batch"):
+        assert len(tries) == 2 and any(lease["priority"] == "batch" for lease in leases())
+    client._session().close()
+
+
 def _says(condition):
     try:
         return condition()

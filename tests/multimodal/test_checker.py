@@ -6,7 +6,7 @@ import torch
 
 from oneira.generative.training import TrainSettings, fit
 from oneira.multimodal.checker import PARTS, Checker, CheckerConfig
-from oneira.multimodal.scenes import agreement, draw, grid_labels, sample
+from oneira.multimodal.scenes import agreement, draw, grid_labels, lesson_scenes, sample
 from oneira.multimodal.settings import label_batch
 from oneira.platform.errors import ConfigError, DataError
 
@@ -19,7 +19,7 @@ def make():
 
 
 def batch(count=16):
-    return {key: torch.from_numpy(value) for key, value in label_batch(0, count).items()}
+    return {key: torch.from_numpy(value) for key, value in label_batch(sample(np.arange(count), "all")).items()}
 
 
 def test_every_parameter_gets_a_gradient():
@@ -90,7 +90,7 @@ def test_save_and_load_is_exact(tmp_path):
 def test_it_learns():
     """Backgrounds, of which chance guesses one in six, and where an object is."""
     settings = TrainSettings(steps=150, batch_size=32, lr=4e-3, warmup=30, precision="fp32")
-    model = fit(make(), lambda step: label_batch(step * 32, 32), settings)
+    model = fit(make(), lambda step: label_batch(lesson_scenes(0, step, 32, "all")), settings)
     scenes = sample(np.arange(300) + (1 << 40), "all")
     scenes = scenes[scenes.count == 1]
     reading = model.read(draw(scenes, 64))

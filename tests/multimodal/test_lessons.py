@@ -132,6 +132,28 @@ def test_without_a_clip_nothing_is_trained(preset, tmp_path):
     assert not run.metrics()
 
 
+@PRESETS
+def test_another_seed_learns_from_other_scenes(preset, tiny_clip):
+    config = small(preset, tiny_clip)
+    a, b, again = (replace(config, seed=seed).batches()(3) for seed in (0, 1, 0))
+    for key in a:
+        assert np.array_equal(a[key], again[key])
+    assert not any(np.array_equal(a[key], b[key]) for key in a if "mask" not in key and key != "present")
+
+
+def test_a_decoder_goes_on_from_another(whole, tmp_path):
+    run, _ = whole("scenes-decoder")
+    config = replace(run.config, init=str(run.path), seed=1)
+    begun, kept = config.build().state_dict(), trained(run).state_dict()
+    assert begun.keys() == kept.keys() and all((begun[key] == kept[key]).all() for key in kept)
+    with pytest.raises(DataError, match="another shape"):
+        replace(config, decoder=DecoderConfig(size=16, widths=(8, 64))).build()
+    lost = Run.create(tmp_path / "run", "scenes-decoder", replace(config, init=str(tmp_path / "none")))
+    with SerialExecutor() as executor, pytest.raises(DataError, match="no trained network"):
+        lost.config.train(lost, executor)
+    assert not lost.metrics()
+
+
 def test_seeds_of_places_differ():
     seeds = {seed_of(run, stage, k) for run in range(5) for stage in ("weights", "words") for k in range(20)}
     assert len(seeds) == 200 and all(0 <= seed < 2**31 for seed in seeds)

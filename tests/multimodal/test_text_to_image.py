@@ -18,7 +18,6 @@ from oneira.multimodal.checker import Checker, CheckerConfig
 from oneira.multimodal.decoder import Decoder, DecoderConfig
 from oneira.multimodal.scenes import draw, sample
 from oneira.multimodal.scoring import score_pictures, wilson
-from oneira.multimodal.shelf import BUILTIN
 from oneira.multimodal.stages import PictureRequest, through
 from oneira.multimodal.text_to_image import MODEL, ModelCard
 from oneira.platform.errors import ConfigError, DataError, UsageError
@@ -329,13 +328,6 @@ def test_generate_writes_what_python_draws(pipe, model, tmp_path):
     for place, picture in zip(said["files"], pixels(pipe(["a red circle"] * 2, seed=3)), strict=True):
         with Image.open(place) as written:
             assert np.abs(np.asarray(written).astype(int) - picture).max() <= 1
-
-
-@pytest.mark.skipif((BUILTIN / MODEL).exists(), reason="the built-in weights are there")
-def test_without_built_in_weights_it_says_how_to_train_them(tmp_path):
-    done = oneira("generate", "a red circle", "--out", tmp_path / "x.png")
-    assert done.returncode == 3 and done.stderr.count("\n") == 1
-    assert "oneira train scenes-decoder" in done.stderr and "oneira assemble" in done.stderr
 
 
 @pytest.mark.parametrize(
