@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from oneira.platform.checkpoints import sync_folder
+from oneira.platform.checkpoints import sync
 from oneira.platform.errors import DataError
 
 PAGE_BUDGET = 128 * 2**20  # bytes of mapped pages after which they are handed back
@@ -100,9 +100,9 @@ class FolderWriter:
                 json.dump({**meta, "files": files}, text, indent=1, sort_keys=True)
                 text.flush()
                 os.fsync(text.fileno())
-            sync_folder(self._temporary)
+            sync(self._temporary)
             self._temporary.rename(self.final)
-            sync_folder(self.final.parent)
+            sync(self.final.parent)
         except OSError as error:
             self.abandon()
             if not (self.final / META).is_file():  # else a retried unit of work was here first, with the same contents

@@ -201,6 +201,8 @@ def array(config: DataConfig) -> Arrays:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"'{path}' cannot be read as an array: {error}") from error
+    if not isinstance(found, np.ndarray):
+        raise DataError(f"'{path}' holds several arrays ({', '.join(found.files)}); one .npy file is needed.")
     if found.dtype == np.uint8 and found.ndim == 4 and found.shape[-1] in (1, 3):
         return Arrays.divide(Space(kind="pictures", shape=found.shape[1:], levels=256), {"x": found})
     if found.dtype.kind == "f" and found.ndim == 2:

@@ -14,7 +14,7 @@ CARD, WEIGHTS = "model.json", "model.safetensors"
 def find_model(name: str | Path) -> Path | None:
     """The folder with the weights of a run (a path, or its name in runs/), of a preset's newest trained run, or of a folder
     that `GenerativeModel.save` wrote (a path, or its name in models/); None where there is none."""
-    from oneira.platform.runs import Run, place_of, runs_folder  # brings numpy, which --help does without
+    from oneira.platform.runs import place_of, preset_of, runs_folder  # brings numpy, which --help does without
 
     place = place_of(name)
     for folder in (Path(name).expanduser(), place, place / "model", MODELS / name):
@@ -22,7 +22,7 @@ def find_model(name: str | Path) -> Path | None:
             return folder
     if str(name) in preset_names() and not place.exists():
         for run in reversed(runs_folder()):
-            if is_model(run / "model") and Run.open(run).preset == str(name):
+            if is_model(run / "model") and preset_of(run) == str(name):
                 return run / "model"
     return None
 

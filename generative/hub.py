@@ -126,7 +126,7 @@ def _pictures(config: DataConfig, splits: dict[Split, list[Path]], column: str, 
             if not content:
                 raise DataError(f"Picture {len(found)} of '{config.path}' is not in its Parquet file.")
             found.append(square(io.BytesIO(content), config.size, f"picture {len(found)} of {config.path}"))
-            labels.append(row[label] if label else 0)
+            labels.append(-1 if label and row[label] is None else row[label] if label else 0)
         if not found:
             raise DataError(f"'{config.path}' has a split without rows.")
         return {"x": np.stack(found)} | ({"y": np.array(labels, np.int64)} if label else {})

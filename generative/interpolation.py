@@ -19,7 +19,9 @@ def slerp(start: np.ndarray, end: np.ndarray, share: float) -> np.ndarray:
     )
     angle = np.arccos(np.clip(a @ b, -1, 1))
     near = np.sin(angle) < 1e-6
-    shares = (1 - share, share) if near else np.sin([(1 - share) * angle, share * angle]) / np.sin(angle)
+    if near:
+        return ((1 - share) * np.asarray(start, np.float64) + share * np.asarray(end, np.float64)).astype(np.float32)
+    shares = np.sin([(1 - share) * angle, share * angle]) / np.sin(angle)
     way = shares[0] * a + shares[1] * b
     length = (1 - share) * lengths[0] + share * lengths[1]
     return (way / max(float(np.linalg.norm(way)), 1e-12) * length).astype(np.float32)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from oneira.platform.checkpoints import json_bytes, write_replacing
+from oneira.platform.checkpoints import json_bytes, sync, write_replacing
 from oneira.platform.config import to_dict
 from oneira.platform.errors import CheckpointError
 from oneira.platform.executor import Executor
@@ -82,9 +82,13 @@ def scores_of(run: Run) -> Path:
 
 @contextmanager
 def _timed(run: Run, name: str, step: int) -> Iterator[None]:
+    """Logs what a stage took, also of one that was interrupted: whoever goes on with it adds to that."""
+    before = sum(line["seconds"] for line in run.metrics("stage") if line["step"] == step)
     began = time.perf_counter()
-    yield
-    run.log("stage", step, name=name, seconds=time.perf_counter() - began)
+    try:
+        yield
+    finally:
+        run.log("stage", step, name=name, seconds=before + time.perf_counter() - began)
 
 
 def fit_unit(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +145,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     writing.mkdir(parents=True)
     try:
         write(writing)
+        for path in sorted(writing.rglob("*")):
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)
         writing.rename(folder)
     except BaseException:

@@ -130,9 +130,9 @@ class GenerativeModel(nn.Module, ABC):
         return next(self.parameters()).device
 
     def generator(self, seed: int) -> torch.Generator:
-        """A generator on the model's device. Raises UsageError for a negative seed."""
-        if seed < 0:
-            raise UsageError(f"The seed is {seed}; it must not be negative.")
+        """A generator on the model's device. Raises UsageError for a seed outside of [0, 2^63)."""
+        if not 0 <= seed < 2**63:
+            raise UsageError(f"The seed is {seed}; it must be in [0, 2^63).")
         return torch.Generator(self.device).manual_seed(seed)
 
     def save(self, folder: Path) -> None:

@@ -116,11 +116,14 @@ def sample_scores(true: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)): between normal distributions fitted to features [N, D], [M, D]."""
-    s_a, s_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    values, vectors = np.linalg.eigh(s_a)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T  # tr (S_a S_b)^(1/2) = tr (root S_b root)^(1/2), symmetric
-    cross = np.sqrt(np.linalg.eigvalsh(root @ s_b @ root).clip(min=0)).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s_a) + np.trace(s_b) - 2 * cross)
+    means = a.mean(0), b.mean(0)
+    # Of deviations X with S = X^T X the trace is the sum of squares, and tr (S_a S_b)^(1/2) the sum of the singular values of
+    # X_a X_b^T: its sides are rows, of which there are thousands, where features may be all pixels of a picture. Where there are
+    # fewer features than rows, the triangular factors of X stand for it.
+    x_a, x_b = ((x - mean) / math.sqrt(len(x) - 1) for x, mean in zip((a, b), means, strict=True))
+    factors = [np.linalg.qr(x, mode="r") if x.shape[0] > x.shape[1] else x for x in (x_a, x_b)]
+    cross = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
+    return float(np.square(means[0] - means[1]).sum() + np.square(x_a).sum() + np.square(x_b).sum() - 2 * cross)
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:

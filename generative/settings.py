@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from oneira.platform.errors import ConfigError, DataError, UsageError
+from oneira.platform.runs import place_of
 
 from .classifier import Classifier
 from .datasets import DataConfig, Dataset, Rows, batches, first_rows, load_data
@@ -22,7 +23,7 @@ from .inception import Inception, is_inception
 from .learning import learn, lesson_report, scores_of, seed_of, smoke_of
 from .models import GenerativeModel, load_model
 from .scores import mean_nats, score_model, to_tensors
-from .spaces import write_samples
+from .spaces import Space, write_samples
 from .training import TrainSettings
 
 SHOWN = 64  # samples of a report
@@ -54,12 +55,19 @@ class ModelRun:
             raise ConfigError(
                 f"workers is {self.workers}; it must be at least 1 and divide the batch of {self.training.batch_size} rows."
             )
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must not be negative.")
+        # Workers, and whoever resumes, may work in other folders.
+        object.__setattr__(self, "classifier", from_here(self.classifier))
+        object.__setattr__(self, "data", replace(self.data, path=from_here(self.data.path)))
 
     def smoke(self) -> Any:
         training = smoke_of(self.training)
         return replace(self, training=replace(training, validate_every=10 if training.validate_every else 0), checks=64)
 
     def train(self, run: Any, executor: Any) -> dict[str, Any]:
+        if self.classifier:  # before hours of training, not after
+            _reading(load_classifier(self.classifier), self.dataset().space)
         return learn(self, run, executor)
 
     def report(self, run: Any) -> Path:
@@ -97,6 +105,19 @@ def load_classifier(name: str) -> Classifier | Inception:
             f"'{name}' is a model of kind '{model.kind}'; a classifier is needed, such as a run of cnn-digits."
         )
     return model
+
+
+def _reading(classifier: Classifier | Inception, space: Space) -> None:
+    """Raises UsageError where a classifier cannot judge what a space's models draw."""
+    found = classifier.reading(space)
+    if space.classes and isinstance(found, Classifier) and found.space.classes != space.classes:
+        raise UsageError(f"The classifier tells {found.space.classes} classes apart; these data have {space.classes}.")
+
+
+def from_here(name: str) -> str:
+    """The path or run of this name as it is called from everywhere; other names, and "", as they are."""
+    found = [place.absolute() for place in (Path(name).expanduser(), place_of(name)) if name and place.exists()]
+    return str(found[0]) if found else name
 
 
 def version_of(name: str) -> str:

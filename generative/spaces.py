@@ -5,6 +5,7 @@ A space is all that a model has to know of its data; it is kept with the weights
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from oneira.platform.checkpoints import write_replacing
 from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -156,6 +158,8 @@ def write_samples(samples: Any, space: Space, path: Path) -> None:
         else:
             picture = picture_of(samples, space)
             times = max(1, 640 // max(picture.shape)) if space.kind == "pictures" else 1
-            Image.fromarray(picture.repeat(times, 0).repeat(times, 1)).save(path)
+            shown = io.BytesIO()
+            Image.fromarray(picture.repeat(times, 0).repeat(times, 1)).save(shown, "PNG")
+            write_replacing(path, shown.getvalue())  # who finds it there finds it whole
     except OSError as error:
         raise DataError(f"Cannot write '{path}': {error.strerror or error}.") from error

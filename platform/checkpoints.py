@@ -85,7 +85,7 @@ class Checkpoints:
             files[MANIFEST] = _manifest_bytes(name, step, files)
             for file, data in files.items():
                 write_synced(writing / file, data)
-            sync_folder(writing)
+            sync(writing)
             self._commit(writing, final)
             self._forget_others(name, step)
         except OSError as error:
@@ -112,7 +112,7 @@ class Checkpoints:
         except OSError:
             self._bring_back(final)
             raise
-        sync_folder(self.folder)
+        sync(self.folder)
         _remove(self.folder / f"{OLD}{final.name}")
 
     def _bring_back(self, final: Path) -> None:
@@ -255,7 +255,7 @@ def write_replacing(path: Path, data: bytes) -> None:
     except BaseException:
         writing.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -263,12 +263,12 @@ def make_folder(folder: Path) -> None:
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for place in missing:
-        sync_folder(place.parent)
+        sync(place.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -74,13 +74,17 @@ def _train(run: Any, is_new: bool, executor: str, address: str | None, emit: Any
     from .console import show
     from .training import train as train_run
 
-    if not is_new:
-        run.mark_started(sys.argv)
-    print(f"{'Training' if is_new else 'Going on with'} {run.preset} in {run.path}", file=sys.stderr, flush=True)
-    machine = run.provenance()["machine"]
-    print(f"on {machine['device']} in {machine['precision']}, {machine['cores']} cores", file=sys.stderr, flush=True)
+    def begun() -> None:
+        if not is_new:
+            run.mark_started(sys.argv)
+        print(f"{'Training' if is_new else 'Going on with'} {run.preset} in {run.path}", file=sys.stderr, flush=True)
+        machine = run.provenance()["started"][-1]["machine"]
+        print(
+            f"on {machine['device']} in {machine['precision']}, {machine['cores']} cores", file=sys.stderr, flush=True
+        )
+
     try:
-        summary = train_run(run, executor, address)
+        summary = train_run(run, executor, address, begun=begun)
     except Interrupted:
         raise
     except OneiraError:

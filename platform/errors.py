@@ -18,6 +18,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMED = 24  # names that a message lists whole
+FEW_NAMED = 8  # of more
+
 
 class OneiraError(Exception):
     """The root of the tree: everything that Oneira raises on purpose."""
@@ -68,10 +71,12 @@ class Interrupted(OneiraError):
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """The end of an error message about an unknown `name`: "Did you mean 'x'? Allowed: a, b, x."."""
+    """The end of an error message about an unknown `name`: "Did you mean 'x'? Allowed: a, b, x."; of many, the most alike."""
     names = sorted(set(allowed))
     if not names:
         return "Nothing is allowed here."
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"Did you mean '{nearest[0]}'? " if nearest else ""
-    return f"{hint}Allowed: {', '.join(names)}."
+    shown = names if len(names) <= MOST_NAMED else sorted(difflib.get_close_matches(name, names, FEW_NAMED, cutoff=0))
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"{hint}Allowed: {', '.join(shown)}{more}."

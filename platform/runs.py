@@ -105,25 +105,33 @@ class Run:
     # ---- provenance
 
     def mark_started(self, command: Sequence[str]) -> None:
-        """Adds a start to provenance.json; the first also writes down what the run runs on."""
-        place = self.path / "provenance.json"
+        """Adds a start to provenance.json, with the machine it is on; the first also writes down what is the same for all."""
+        place, about = self.path / "provenance.json", self._describe()
         try:
             provenance = json.loads(place.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            provenance = {"command": list(command), **self._describe(), "started": []}
+            provenance = {"command": list(command), **about, "started": []}
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        provenance["started"].append({"time": now, "command": list(command), **source()})
+        start = {"time": now, "command": list(command), **source(), "machine": about["machine"]}
+        provenance["started"].append(start)
         write_replacing(place, json_bytes(plain(provenance, "provenance")))
 
     def _describe(self) -> dict[str, Any]:
-        settings = flatten(to_dict(self.config))
+        settings, machine = flatten(to_dict(self.config)), describe()
+        asked = [value for key, value in settings.items() if key.rpartition(".")[2] == "precision"]
+        used = [machine["precision"] if value == "auto" else value for value in asked]
         return {
             "preset": self.preset,
             **source(),
             "seeds": {
                 key: value for key, value in settings.items() if key.rpartition(".")[2].endswith(("seed", "seeds"))
             },
-            "machine": {**describe(), "memory_gib": memory_gib(), "system": sys.platform},
+            "machine": {
+                **machine,
+                "precision": " and ".join(dict.fromkeys(used or [machine["precision"]])),
+                "memory_gib": memory_gib(),
+                "system": sys.platform,
+            },
             "versions": {"python": sys.version.split()[0], **versions()},
         }
 
@@ -229,14 +237,24 @@ class Run:
         finally:
             os.close(descriptor)
 
+    def clean(self) -> None:
+        """Removes what a killed process left half-written. Only the process that trains may call it, before it begins."""
+        self.checkpoints.clean()
+        for place in self.path.glob(".*-*"):
+            if place.is_dir():  # the lock and half-written files of a few bytes are none
+                shutil.rmtree(place, ignore_errors=True)
+
     def drop_if_empty(self) -> None:
         """Removes the folder of a run that has begun and made nothing: no metrics, data or checkpoints."""
         if {place.name for place in self.path.iterdir()} <= {"config.json", "provenance.json", ".lock"}:
             shutil.rmtree(self.path)
 
     def state(self) -> str:
-        """running, done or stopped."""
-        descriptor = _lock(self.path / ".lock", tries=1)
+        """running, done or stopped; "unknown" of a run that one may only read, such as a colleague's."""
+        try:
+            descriptor = _lock(self.path / ".lock", tries=1)
+        except PermissionError:
+            return "done" if (self.path / "summary.json").exists() else "unknown"
         if descriptor is None:
             return "running"
         os.close(descriptor)
@@ -297,6 +315,14 @@ def runs_folder() -> list[Path]:
         return []
     folders = [folder for folder in RUNS.iterdir() if (folder / "config.json").is_file()]
     return sorted(folders, key=lambda folder: ((folder / "config.json").stat().st_mtime, folder.name))
+
+
+def preset_of(folder: Path) -> str | None:
+    """The preset of a run, also of one whose config this version cannot read; None where it is no run."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["preset"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def place_of(path_or_name: str | Path) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,13 @@ def _take_signals() -> None:
         signal.signal(number, _terminate)
 
 
-def train(run: Run, executor: str, address: str | None, *, progress: bool = True) -> dict[str, Any]:
+def train(
+    run: Run, executor: str, address: str | None, *, progress: bool = True, begun: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Trains a run from wherever it stands to its end, and returns its summary.
+
+    Args:
+        begun: called once it is sure that no other process trains this run.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came; the message says how to go on.
@@ -101,7 +106,8 @@ def train(run: Run, executor: str, address: str | None, *, progress: bool = True
     logs.about["run"] = run.name
     with run.lock(), _signals_interrupt():
         try:
-            run.checkpoints.clean()
+            begun()
+            run.clean()
             with make_executor(executor, address) as workers:
                 _take_signals()  # a cluster's library installs handlers of its own when it connects
                 with Progress(run.path / "metrics.jsonl") if progress else nullcontext():

@@ -228,9 +228,12 @@ class Desk:
     def _forget(self, name: str) -> None:
         for key in [key for key in self._ids if key[0] == name]:
             del self._numbers[self._ids.pop(key)]
+        host = self._clients[name]["host"]
         del self._clients[name], self._mail[name], self._heard[name]
         self._rings.pop(name).set()
         self.scheduler.forget(name)
+        if host != socket.gethostname() and all(client["host"] != host for client in self._clients.values()):
+            self.scheduler.remove_machine(host)  # one that was scaled away comes back under another name
 
 
 def _was_restarted() -> bool:

@@ -230,9 +230,15 @@ class _Session:
 
     def _send_away(self, letter: dict[str, Any]) -> None:
         """Somebody else needs a model's room."""
-        model = self._models[letter["model"]]
+        model, to = self._models[letter["model"]], letter.get("to", "cold")
         try:
-            model.leave(letter.get("to", "cold"))
+            try:
+                model.leave(to)
+            except Exception:
+                if to == "cold":
+                    raise
+                log.exception("The model '%s' could not be kept in the host's memory; it is dropped.", model.name)
+                model.leave("cold")
         except Exception:  # others' letters are still to be heard; its room stays taken in the books, as it is
             log.exception("The model '%s' could not be moved away.", model.name)
             return
@@ -255,8 +261,9 @@ class _Session:
         self.desk.release.remote(self.id, lease.number)
 
     def paused(self, lease: ClusterLease) -> None:
-        lease.state = "paused"
-        self.desk.pause.remote(self.id, lease.number)
+        with self._lock:
+            lease.state = "paused"
+            self.desk.pause.remote(self.id, lease.number)
 
     def _listen(self) -> None:
         try:
@@ -326,9 +333,11 @@ class _Session:
     def _join(self) -> None:
         import ray
 
-        models = [model.about() for model in list(self._models.values())]
-        leases = [lease.held() for lease in list(self._leases.values())]
-        ray.get(self.desk.join.remote(self.about, self.devices, models, leases))
+        with self._lock:  # what is given back or paused from now on is told after this
+            models = [model.about() for model in list(self._models.values())]
+            leases = [lease.held() for lease in list(self._leases.values())]
+            joined = self.desk.join.remote(self.about, self.devices, models, leases)
+        ray.get(joined)
         for device, memory in self._limits.items():
             self.desk.limit.remote(self.id, device, memory)
 

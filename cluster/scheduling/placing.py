@@ -111,6 +111,9 @@ class Soonest:
         if until < self._stored.get(name, math.inf):
             self._stored[name] = until
             heapq.heappush(self._heap, (until, name))
+            if len(self._heap) > 2 * len(self._stored) + 8:  # most of it is of devices that were removed
+                self._heap = [(until, name) for name, until in self._stored.items()]
+                heapq.heapify(self._heap)
 
     def remove(self, name: str) -> None:
         self._stored.pop(name, None)

@@ -69,6 +69,17 @@ class Scheduler:
         self.places[name] = Place(name, memory, slots, node, shared, kind)
         self._free.put(name, 0.0)
 
+    def remove_machine(self, node: str) -> None:
+        """Forgets the devices of a machine that is gone with all of its clients; not one that a lease is waiting for."""
+        asked = {lease.device for lease in self.leases.values()}
+        for name in [name for name, place in self.places.items() if place.node == node and name not in asked]:
+            for model in list(self.places[name].ledger.residents):
+                self._leave(self.places[name], model, to="cold")
+            del self.places[name]
+            self._free.remove(name)
+        if node in self.hosts and not any(place.node == node for place in self.places.values()):
+            del self.hosts[node]
+
     def add_model(self, name: str, bytes: int, only: str = "") -> None:
         """Makes a model known by its size. It is COLD everywhere, unless it was known before.
 

@@ -46,7 +46,8 @@ class Cache:
         size = _size(key, found)
         if key in self._entries or size > self.most:
             return
-        self._entries[key] = found
+        # A row of a batch keeps all of its batch: it is copied.
+        self._entries[key] = {name: array.copy() if array.base is not None else array for name, array in found.items()}
         self.bytes += size
         while self.bytes > self.most:
             self.bytes -= _size(*self._entries.popitem(last=False))

@@ -36,20 +36,23 @@ class Pace:
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[str, str], dict[Asked, float]] = {}
+        self._made: dict[tuple[str, str], int] = {}  # steps of the last request
 
-    def measure(self, model: str, stage: str, asked: Asked, seconds: float) -> None:
-        """Tells what one request has taken."""
+    def measure(self, model: str, stage: str, asked: Asked, seconds: float, steps: int) -> None:
+        """Tells what one request has taken, and how many steps the stage made of it."""
         of = self._seconds.setdefault((model, stage), {})
         before = of.pop(asked, seconds)
         of[asked] = before + SMOOTHING * (seconds - before)
+        self._made[model, stage] = steps
 
     def seconds(self, model: str, stage: str, asked: Asked) -> float:
-        """What such a request should take: as measured, else as the last one by its steps. 0 where there was none."""
+        """What such a request should take: as measured, else as the last one, by its steps where the stage makes as many as it
+        is asked for. 0 where there was none."""
         of = self._seconds.get((model, stage))
         if not of:
             return 0.0
         if asked in of:
             return of[asked]
         last = next(reversed(of))
-        scale = asked[0] / last[0] if asked[0] and last[0] else 1.0
-        return of[last] * scale
+        obeys = last[0] is not None and last[0] == self._made[model, stage] > 1
+        return of[last] * (asked[0] / last[0] if asked[0] and last[0] and obeys else 1.0)

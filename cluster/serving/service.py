@@ -124,6 +124,7 @@ class Service:
                 raise DataError(f"Model '{model}' makes no picture. Its stages: {', '.join(self.models[model])}.")
             self.sizes[model], self.embedding[model] = sorted(set(sizes)), len(state["text_embedding"])
             self.finds[model] = set(state)
+        self._pace = Pace()  # what is done for the first time takes longer than it ever will
         self._begun = True
 
     @property
@@ -185,22 +186,29 @@ class Service:
         on_picture: Callable[[int, np.ndarray], None] | None, until: float | None,
     ) -> list[State]:  # fmt: skip
         asked = asked_of(requests)
-        if until is not None:
-            await self._check_time(model, requests, goal, asked, until)
         try:
-            async with asyncio.timeout_at(until) as limit, self.line.request(len(requests)) as ticket:
-                try:
-                    async with asyncio.TaskGroup() as group:  # one that fails, or a caller who goes, cancels all
-                        tasks = [
-                            group.create_task(self._one(ticket, model, request, asked, goal, enough, on_picture, i))
-                            for i, request in enumerate(requests)
-                        ]
-                except BaseExceptionGroup as problems:
-                    raise problems.exceptions[0] from None
+            async with asyncio.timeout_at(until) as limit:
+                if until is not None:
+                    await self._check_time(model, requests, goal, asked, until)
+                return await self._made(model, requests, asked, goal, enough, on_picture)
         except TimeoutError as error:
             if limit.expired():
                 raise Late("it took longer than was expected", 1.0) from error
             raise
+
+    async def _made(
+        self, model: str, requests: Sequence[Request], asked: Asked, goal: Goal, enough: Callable[[State], bool],
+        on_picture: Callable[[int, np.ndarray], None] | None,
+    ) -> list[State]:  # fmt: skip
+        async with self.line.request(len(requests)) as ticket:
+            try:
+                async with asyncio.TaskGroup() as group:  # one that fails, or a caller who goes, cancels all
+                    tasks = [
+                        group.create_task(self._one(ticket, model, request, asked, goal, enough, on_picture, i))
+                        for i, request in enumerate(requests)
+                    ]
+            except BaseExceptionGroup as problems:
+                raise problems.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def _check_time(
@@ -235,7 +243,7 @@ class Service:
                 seconds += work.seconds
                 self.measures.count(model, stage, work)
                 if work.steps:
-                    self._pace.measure(model, stage, asked, work.seconds * work.rows)
+                    self._pace.measure(model, stage, asked, work.seconds * work.rows, work.steps)
                 if on_picture is not None and "picture" in work.found:
                     on_picture(number, work.found["picture"])
                 if enough(state):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import re
 import secrets
 import time
@@ -27,9 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oneira.generative.interpolation import slerp
 from oneira.multimodal.stages import PictureRequest, State
-from oneira.platform.errors import UsageError, did_you_mean
+from oneira.platform.errors import Interrupted, UsageError, did_you_mean
 from oneira.platform.logs import in_json, say
 
+from ..scheduling.client import Busy
 from .asking import (
     CLIENT_GONE,
     RETRY_READY,
@@ -65,6 +67,7 @@ from .schema import (
 from .service import Service
 from .watching import HEADERS, PAGE, metrics_of
 
+log = logging.getLogger(__name__)
 MAX_BODY = 1 << 20  # bytes, where no pictures are in it
 MAX_BODY_OF = {"edits": 18 << 20, "variations": 10 << 20, "interpolations": 25 << 20}  # by the last part of the path
 OPEN_PATHS = ("/healthz", "/v1/images/files/", "/devices")  # without a key: a picture's address is a secret itself
@@ -83,7 +86,7 @@ async def _nobody() -> None:
 def make_app(service: Service, key: str | None = None, watch: Watch = _nobody) -> FastAPI:
     """The app over a `Service`. `key`: what clients must bear; None asks for none. `watch`: gives the scheduler's report."""
     app = FastAPI(title="Oneira", version="1", docs_url=None, redoc_url=None)
-    for kind in (ApiError, HTTPException, Full, Late, Stopping, UsageError, ClientGone, Exception):
+    for kind in (ApiError, HTTPException, Full, Late, Stopping, UsageError, Busy, Interrupted, ClientGone):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(_Door, service=service, key=key)
     _Routes(service, Shelf(), watch).add_to(app)
@@ -136,6 +139,7 @@ class _Routes:
 
     async def edits(self, request: Request) -> Response:
         """A picture drawn anew where a mask is transparent, to fit the prompt."""
+        self.service.line.check(1)  # before megabytes are read
         asked, files = await read_form(request, Edit, ("image", "mask"))
         model, size = self._model(asked.model), self._size(asked)
         largest = self.service.sizes[model][-1]
@@ -146,6 +150,7 @@ class _Routes:
 
     async def variations(self, request: Request) -> Response:
         """Pictures that mean what a picture means."""
+        self.service.line.check(1)
         asked, files = await read_form(request, Variation, ("image",))
         model, size = self._model(asked.model), self._size(asked)
         self.service.line.check(asked.n or 1)
@@ -155,6 +160,7 @@ class _Routes:
 
     async def interpolations(self, request: Request) -> Response:
         """Pictures on the way from one prompt or picture to another."""
+        self.service.line.check(1)
         asked = await read_json(request, Interpolation)
         model, size = self._model(asked.model), self._size(asked)
         seed = _seed(asked)
@@ -358,6 +364,7 @@ class _Routes:
         kind, partial = asked.output_format or "png", [0] * len(wanted)
         about = {"background": "opaque", "output_format": kind, "quality": "auto"}
         watch = asyncio.ensure_future(gone(request))
+        coming: asyncio.Future[tuple[int, np.ndarray]] = asyncio.get_running_loop().create_future()
         try:
             left = len(wanted)
             while left:
@@ -390,7 +397,7 @@ class _Routes:
                     partial[i] += 1
                 yield _event(name, {"type": name, **answer})
         finally:
-            for task in (work, watch):
+            for task in (work, watch, coming):
                 task.cancel()
                 with suppress(BaseException):
                     await task
@@ -460,6 +467,11 @@ class _Door:
                 await refusal.response()(scope, receive, sending)
             else:
                 await self.app(scope, _counting(receive, _limit(scope["path"])), sending)
+        except Exception as error:
+            log.exception("Request %s: %s %s failed.", name, scope["method"], scope["path"])
+            if status != CLIENT_GONE:  # half of an answer is sent: the connection must break
+                raise
+            await as_api_error(error).response()(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.measures.requests.labels(route, str(status)).inc()
@@ -492,7 +504,7 @@ class _Door:
         given, scope[UNTIL] = headers.get(DEADLINE), None
         if given is None:
             return None
-        if not (given.isascii() and given.isdigit() and 1 <= int(given[:10]) <= MAX_DEADLINE):
+        if not (given.isascii() and given.isdigit() and len(given) <= 10 and 1 <= int(given) <= MAX_DEADLINE):
             message = f"{DEADLINE} is '{given[:100]}'. Allowed are whole numbers of milliseconds, 1 to {MAX_DEADLINE}."
             return ApiError(400, message, code="invalid_deadline")
         scope[UNTIL] = asyncio.get_running_loop().time() + int(given) / 1000

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from oneira.cluster.scheduling.client import Busy
 from oneira.cluster.scheduling.leases import CAN_WAIT, Cancelled, Drop, Granted, Move, Refused, Wanted
 from oneira.cluster.scheduling.ledger import Ledger, Overdrawn, Working
+from oneira.cluster.scheduling.placing import Soonest
 from oneira.cluster.scheduling.residency import Demand, Host, cheapest
 from oneira.cluster.scheduling.scheduler import Scheduler
 from oneira.platform.errors import UsageError
@@ -390,6 +391,34 @@ def test_a_client_that_dies_leaves_nothing():
     scheduler.forget("dead")
     assert kinds(scheduler.events()) == [("Granted", waits)]
     assert scheduler.places["d"].ledger.used == 80 and scheduler.state("a", "d") == "cold"
+
+
+def test_what_is_removed_leaves_nothing_in_the_order_of_devices():
+    order = Soonest()
+    order.put("stays", 5.0)
+    for k in range(1000):
+        order.put("comes and goes", float(k % 7))
+        order.remove("comes and goes")
+    assert len(order._heap) <= 12 and order.first(lambda name: 5.0) == ["stays"]
+
+
+def test_a_machine_that_is_gone_is_forgotten_but_for_what_somebody_waits_for():
+    scheduler = Scheduler(lambda: 0.0)
+    for node in "ab":
+        scheduler.add_device(f"{node}/cpu", memory=100, slots=2, node=node)
+        scheduler.add_device(f"{node}/gpu", memory=100, node=node)
+    scheduler.add_model("m", 10)
+    assert scheduler.announce("c", "m", 10, "a/cpu")
+    scheduler.ask("d", "train", device="a/gpu")
+    scheduler.remove_machine("a")
+    assert set(scheduler.places) == {"a/gpu", "b/cpu", "b/gpu"} and not scheduler.models["m"].devices
+    scheduler.forget("d")
+    scheduler.remove_machine("a")
+    assert set(scheduler.places) == {"b/cpu", "b/gpu"} and set(scheduler.hosts) == {"b"}
+    scheduler.ask("d", "train")
+    assert next(lease.device for lease in scheduler.leases.values()).startswith("b/")
+    scheduler.add_device("a/cpu", memory=100, slots=4, node="a")  # it comes back, otherwise
+    assert scheduler.places["a/cpu"].ledger.slots == 4
 
 
 def test_cancelling_ends_who_waits_now_and_who_runs_when_it_says_so():

@@ -33,6 +33,13 @@ def test_a_cache_never_has_more_bytes_than_it_may_and_forgets_what_was_not_used(
         assert cache.bytes <= cache.most
 
 
+def test_a_row_of_a_batch_does_not_keep_the_batch():
+    batch, cache = np.arange(20.0).reshape(4, 5), Cache(10_000)
+    cache.put(("a",), {"x": batch[1]})
+    found = cache.get(("a",))["x"]
+    assert found.base is None and np.array_equal(found, batch[1])
+
+
 def test_a_key_names_all_that_the_result_depends_on():
     def key(model="m", stage="prior", **fields):
         return key_of(DIGESTS, model, stage, PictureRequest(**{"prompt": "a", **fields}))

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from oneira.cluster.deploy.dashboard import dashboard
+from oneira.cluster.scheduling.client import Busy
 from oneira.cluster.scheduling.scheduler import Scheduler
 from oneira.cluster.serving import engine as engine_module
 from oneira.cluster.serving import running
@@ -29,7 +30,7 @@ from oneira.cluster.serving.pacing import Pace
 from oneira.cluster.serving.pictures import Shelf
 from oneira.cluster.serving.service import Service
 from oneira.cluster.serving.watching import metrics_of
-from oneira.platform.errors import ClusterError, UsageError
+from oneira.platform.errors import ClusterError, Interrupted, UsageError
 
 GENERATE, EDIT, VARY = "/v1/images/generations", "/v1/images/edits", "/v1/images/variations"
 BLEND, EMBED = "/v1/images/interpolations", "/v1/embeddings"
@@ -56,7 +57,7 @@ class Site:
             await self.service.begin()
 
         self.loop.run_until_complete(begin())
-        transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
+        transport = httpx2.ASGITransport(self.app)  # which raises what the app does not answer
         self.client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
 
     def ask(self, method, path, **options):
@@ -502,6 +503,23 @@ def test_the_dashboard_shows_all_that_is_exported_and_nothing_else(site):
     assert len(places) == len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Busy("full", 3.0), 429), (Interrupted("x"), 503), (ClusterError("x"), 500), (KeyError("x"), 500)],
+)
+def test_whatever_a_stage_raises_is_answered_named_and_counted_as_it_is(site, monkeypatch, error, status):
+    async def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(site.service, "draw", fail)
+    answer = site.post(GENERATE, json=GOOD, headers={"X-Request-ID": "mine"})
+    assert answer.status_code == status and "error" in answer.json()
+    assert site.post(GENERATE, json=GOOD).headers["x-request-id"]
+    text = site.ask("GET", "/metrics").text
+    assert f'oneira_requests_total{{route="{GENERATE}",status="{status}"}}' in text
+    assert f'oneira_requests_total{{route="{GENERATE}",status="499"}}' not in text
+
+
 # Deadlines ------------------------------------------------------------------------------------------------------------
 
 
@@ -518,7 +536,9 @@ def by(milliseconds):
     return {"X-Deadline-Ms": str(milliseconds)}
 
 
-@pytest.mark.parametrize("value", ["", "0", "-1", "1.5", "soon", "3600001", "9" * 30])
+@pytest.mark.parametrize(
+    "value", ["", "0", "-1", "1.5", "soon", "3600001", "9" * 30, "0000000001" + "9" * 20, "1" * 400]
+)
 def test_a_deadline_is_a_number_of_milliseconds(slow_site, value):
     answer = slow_site.post(GENERATE, json=GOOD, headers=by(value))
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_deadline"
@@ -533,6 +553,24 @@ def test_who_asks_for_more_than_its_deadline_allows_is_refused_at_once(slow_site
     assert answer.json()["error"]["code"] == "deadline" and int(answer.headers["retry-after"]) >= 1
     assert len(decoder.batches) == before and slow_site.service.line.taken == 0
     assert slow_site.post(GENERATE, json=GOOD | {"steps": 4} | more, headers=by(60_000)).status_code == 200
+
+
+def test_a_guess_scales_only_the_stages_that_make_as_many_steps_as_they_are_asked_for():
+    pace = Pace()
+    assert pace.seconds("m", "decoder", (30, 1)) == 0
+    for stage, steps in (("text", 1), ("decoder", 4), ("upsampler", 1)):
+        pace.measure("m", stage, (4, 1), 0.4, steps)
+    assert [pace.seconds("m", stage, (40, 1)) for stage in ("text", "decoder", "upsampler")] == [0.4, 4.0, 0.4]
+    pace.measure("m", "decoder", (None, 1), 0.6, 15)  # of its own number of steps
+    assert pace.seconds("m", "decoder", (40, 1)) == 0.6 and pace.seconds("m", "decoder", (4, 1)) == 0.4
+
+
+def test_the_first_picture_of_a_server_is_no_measure(tiny):
+    site = Site(tiny, "patient")
+    try:
+        assert site.service._pace.seconds("patient", "decoder", (None, 1)) == 0
+    finally:
+        site.close()
 
 
 def test_only_the_stages_that_an_answer_needs_count(slow_site):

@@ -98,6 +98,9 @@ def test_arrays(tmp_path):
         write_array(place, bad)
         with pytest.raises(DataError, match="allowed are"):
             load_data(DataConfig(name="array", path=str(place)))
+    np.savez(tmp_path / "several.npz", a=np.zeros(3), b=np.zeros(3))
+    with pytest.raises(DataError, match="several arrays"):
+        load_data(DataConfig(name="array", path=str(tmp_path / "several.npz")))
     place.write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match="cannot be read"):
         load_data(DataConfig(name="array", path=str(place)))

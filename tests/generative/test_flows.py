@@ -46,7 +46,8 @@ def test_normal_by_hand():
 def test_arc_by_hand():
     way = arc(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 4.0]), 3)
     assert torch.allclose(way, torch.tensor([[2.0, 0.0], [3 / math.sqrt(2), 3 / math.sqrt(2)], [0.0, 4.0]]), atol=1e-6)
-    assert arc(torch.ones(2), -torch.ones(2), 3).isfinite().all()  # no circle is shortest
+    opposite = arc(torch.ones(2), -torch.ones(2), 5)  # no circle is shortest: a line
+    assert torch.allclose(opposite, torch.tensor([1, 0.5, 0, -0.5, -1])[:, None].expand(5, 2), atol=1e-6)
     assert torch.allclose(arc(torch.ones(2), 3 * torch.ones(2), 3), torch.tensor([[1.0, 1], [2, 2], [3, 3]]))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -185,3 +187,51 @@ def test_runs_are_compared(whole, command, tmp_path, monkeypatch):
     fresh = Run.create(tmp_path / "fresh", "realnvp-moons", load_preset("realnvp-moons"))
     with pytest.raises(DataError, match="not trained yet"):
         describe_run(str(fresh.path))
+
+
+def test_a_classifier_that_cannot_judge_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(load_preset("cgan-digits").smoke(), model=SMALL["cgan-digits"])
+    for name, classes, word in (("gone", None, "gone"), ("few", 7, "7 classes")):
+        if classes:
+            (tmp_path / name).mkdir()
+            space = replace(config.dataset().space, classes=classes)
+            Classifier(ClassifierConfig(width=8), space).save(tmp_path / name)
+        run = Run.create(tmp_path / f"run-{name}", "cgan-digits", replace(config, classifier=name))
+        with SerialExecutor() as executor, pytest.raises(UsageError, match=word):
+            run.config.train(run, executor)
+        assert not run.metrics()
+
+
+def test_paths_of_a_config_mean_the_same_from_everywhere(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "runs" / "judge").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    config = load_preset("vae-scenes")
+    config = replace(config, classifier="judge", data=replace(config.data, name="images", path="photos"))
+    assert config.data.path == str(tmp_path / "photos") and config.classifier == str(tmp_path / "runs" / "judge")
+    assert replace(config, classifier="cnn-digits", data=replace(config.data, path="o/n")).data.path == "o/n"
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_others(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, _ = whole("realnvp-moons")
+    shutil.copytree(run.path, tmp_path / "runs" / "good")
+    shutil.copytree(run.path, tmp_path / "runs" / "newer")
+    card = json.loads((tmp_path / "runs" / "newer" / "config.json").read_text())
+    card |= {"preset": "of-a-package-that-is-gone", "config": {"no": "such key"}}
+    (tmp_path / "runs" / "newer" / "config.json").write_text(json.dumps(card))
+    assert torch.equal(load_model("realnvp-moons").sample(2, 0), load_model(run.path).sample(2, 0))
+
+
+def test_a_stage_that_was_interrupted_counts_all_of_its_time(tmp_path):
+    from oneira.generative.learning import _timed
+
+    run = Run.create(tmp_path / "run", "realnvp-moons", load_preset("realnvp-moons"))
+    for error in (KeyboardInterrupt, None):
+        with pytest.raises(KeyboardInterrupt) if error else nullcontext(), _timed(run, "fit", 0):
+            time.sleep(0.05)
+            if error:
+                raise error
+    [line] = run.metrics("stage")
+    assert 0.1 <= line["seconds"] < 1

@@ -43,6 +43,20 @@ def test_frechet_distance_of_known_normals():
     assert frechet_distance(x * [1, 2, 3] @ turn, x * [2, 2, 1] @ turn) == pytest.approx(5, rel=1e-6)
 
 
+def test_frechet_distance_of_more_features_than_rows():
+    """Pixels of a picture: as scipy's square root of the product of covariances gives it, and without a matrix of them."""
+    from scipy.linalg import sqrtm
+
+    for shapes in (((40, 60), (30, 60)), ((200, 10), (30, 10)), ((5, 10), (200, 10))):
+        a, b = (RNG.normal(size=shape) for shape in shapes)
+        covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+        cross = np.trace(sqrtm(covariances[0] @ covariances[1] + 1e-12 * np.eye(a.shape[1]))).real
+        wanted = np.square(a.mean(0) - b.mean(0)).sum() + sum(map(np.trace, covariances)) - 2 * cross
+        assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-3)
+    large = RNG.normal(size=(20, 200_000))  # whose covariance would be 320 GB
+    assert frechet_distance(large, large + 0.1) == pytest.approx(2000, rel=1e-6)
+
+
 def test_kernel_distance_by_hand():
     a, b = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0]])
     # k(x, y) = (x y + 1)^3: within a 1, within b 343, between (1 + 1 + 27 + 64) / 4

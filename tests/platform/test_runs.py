@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -123,7 +124,51 @@ def test_two_runs_in_the_same_second_have_different_names(toy) -> None:
     assert {run.name for run in (first, second)} == {folder.name for folder in module.runs_folder()}
 
 
-def test_the_commit_of_a_foreign_checkout_is_not_taken_for_ours() -> None:
-    found = module.source()
-    assert found["version"] == module.versions()["oneira"]
-    assert found["commit"] is None or len(found["commit"]) == 40
+def test_the_commit_of_a_foreign_checkout_is_not_taken_for_ours(tmp_path: Path, monkeypatch) -> None:
+    def checkout(folder: Path) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+    place = tmp_path / "site" / "oneira" / "platform" / "runs.py"
+    place.parent.mkdir(parents=True)
+    monkeypatch.setattr(module, "__file__", str(place))
+    checkout(tmp_path)
+    foreign = module.source()
+    assert foreign["version"] == module.versions()["oneira"] and foreign["commit"] is foreign["changed"] is None
+    mine = checkout(tmp_path / "site" / "oneira")
+    assert (module.source()["commit"], module.source()["changed"]) == (mine, False)
+
+
+def test_a_run_of_others_that_may_only_be_read_is_listed(toy, monkeypatch) -> None:
+    run = Run.create("r", "toy", toy.Toy())
+
+    def refuse(path: Path, tries: int) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module, "_lock", refuse)
+    assert run.state() == "unknown"
+    run.write_summary({})
+    assert run.state() == "done"
+
+
+def test_every_start_says_on_which_machine_and_in_which_precision(toy) -> None:
+    run = Run.create("r", "toy", toy.Toy())
+    run.mark_started(["oneira", "resume", "r"])
+    starts = run.provenance()["started"]
+    assert len(starts) == 2 and all(start["machine"]["precision"] in ("bf16", "fp32") for start in starts)
+    from oneira.platform.presets import load_preset
+
+    moons = Run.create("m", "realnvp-moons", load_preset("realnvp-moons"))  # whose training is set to fp32
+    assert moons.provenance()["machine"]["precision"] == "fp32"
+
+
+def test_what_a_killed_process_left_is_removed(toy) -> None:
+    run = Run.create("r", "toy", toy.Toy())
+    for name in (".model-0a1b", ".tensorboard-7"):
+        (run.path / name).mkdir()
+    run.media("a.png")
+    run.clean()
+    assert {place.name for place in run.path.iterdir() if place.is_dir()} == {"media"}
