@@ -12,12 +12,12 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from oneira.platform.errors import ClusterError, OneiraError, UsageError, did_you_mean
@@ -26,10 +26,15 @@ from .supervisor import ENDED, Attempt, read_attempts, submit_attempt
 
 ATTEMPTS = 6
 STOP_SECONDS = 12  # that a job has to save and end before it is killed
+PATIENCE_SECONDS = 60.0  # for which whoever follows a job asks again where the Jobs API fails
+OVERDUE_SECONDS = 180.0  # after which nobody is expected to submit an attempt that was due
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,99}")
 STATES = {"PENDING": "pending", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed", "STOPPED": "stopped"}
 MOST_FILE = 50_000  # characters; it travels in a variable of the environment
 NOT_AS_JOBS = ("submit", "jobs", "serve")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Job:
         seen: dict[int, int] = {}
         told: set[int] = set()  # attempts that had ended when their log was read
         while True:
-            attempts = self.attempts()
+            attempts = _patiently(self.attempts)
             began = time.monotonic()
             for attempt in attempts:
                 if attempt.number in told:
@@ -89,9 +94,9 @@ class Job:
 
     def wait(self) -> int:
         """Waits for the end; the exit code of the last attempt, 1 where there is none."""
-        while (state := self.state()) in ("pending", "running", "restarting"):
+        while (state := _patiently(self.state)) in ("pending", "running", "restarting"):
             time.sleep(0.5)
-        return exit_code(state, self.attempts())
+        return exit_code(state, _patiently(self.attempts))
 
 
 def exit_code(state: str, attempts: Sequence[Attempt]) -> int:
@@ -100,10 +105,29 @@ def exit_code(state: str, attempts: Sequence[Attempt]) -> int:
     return 0 if state == "done" else code if code is not None and 0 < code < 256 else 1
 
 
-def state_of(attempts: Sequence[Attempt]) -> str:
-    """What `Job.state` says."""
+def state_of(attempts: Sequence[Attempt], now: float | None = None) -> str:
+    """What `Job.state` says at a time, seconds since 1970; None: now.
+
+    A job that died before it could see to it that a supervisor watches (its node went, its wheel could not be installed) has
+    nobody who submits it again: once that is overdue it has failed.
+    """
     last = attempts[-1]
-    return "restarting" if last.again else STATES.get(last.status, last.status.lower())
+    now = time.time() if now is None else now
+    if last.again and (last.ended is None or now < last.due + OVERDUE_SECONDS):
+        return "restarting"
+    return STATES.get(last.status, last.status.lower())
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """What is asked for, also where the Jobs API fails for a while: whoever follows a job must not end with one bad answer."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except ClusterError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(1.0)
 
 
 def submit(

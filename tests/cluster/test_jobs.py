@@ -272,15 +272,32 @@ def test_jobs_of_others_are_left_alone(cluster):
 
 
 def test_states_and_codes_as_people_read_them(cluster):
-    def state(status, code=None):
+    def state(status, code=None, now=10.0):
         cluster.end("j.1", status, code)
         attempts = supervisor.read_attempts(cluster.list_jobs())["j"]
-        said = client.state_of(attempts)
+        said = client.state_of(attempts, now)
         return said, client.exit_code(said, attempts)
 
     assert state("PENDING")[0] == "pending" and state("RUNNING")[0] == "running"
     assert state("SUCCEEDED", 0) == ("done", 0) and state("FAILED", 3) == ("failed", 3)
     assert state("FAILED", -9)[0] == "restarting" and state("STOPPED", -15) == ("stopped", 1)
+    assert state("FAILED", None, now=1000) == ("failed", 1)  # there is no supervisor that would submit it again
+
+
+def test_who_follows_a_job_bears_a_bad_answer(monkeypatch):
+    clock, answers = [0.0], iter([ClusterError("x"), ClusterError("x"), "there"])
+    monkeypatch.setattr(client.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+
+    def ask():
+        if isinstance(answer := next(answers, ClusterError("gone")), Exception):
+            raise answer
+        return answer
+
+    assert client._patiently(ask) == "there" and clock[0] == 2
+    with pytest.raises(ClusterError, match="gone"):
+        client._patiently(ask)
+    assert 60 < clock[0] - 2 < 65
 
 
 def test_every_end_of_every_attempt_leads_to_an_end():
