@@ -57,7 +57,7 @@ class DecoderConfig:
 
     size: int = 64
     block: int = 4
-    widths: tuple[int, ...] = (96, 160)
+    widths: tuple[int, ...] = (64, 96, 128)
     blocks: int = 1
 
     def __post_init__(self) -> None:

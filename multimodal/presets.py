@@ -29,7 +29,7 @@ def scenes_clip() -> ClipRun:
 def scenes_checker() -> CheckerRun:
     return CheckerRun(
         training=TrainSettings(
-            steps=8_000, batch_size=64, lr=2e-3, warmup=300, ema=0.999, save_every=500, channels_last=True
+            steps=4_000, batch_size=64, lr=2e-3, warmup=300, ema=0.999, save_every=500, channels_last=True
         )
     )
 
@@ -53,10 +53,9 @@ def scenes_prior_ar() -> ArPriorRun:
 def scenes_decoder() -> DecoderRun:
     return DecoderRun(
         training=TrainSettings(
-            steps=24_000, batch_size=32, lr=1.5e-3, warmup=500, weight_decay=0.01, ema=0.9995, save_every=500,
-            channels_last=True,
+            steps=40_000, batch_size=16, lr=2e-3, warmup=200, weight_decay=0.01, ema=0.999, save_every=500
         )
-    )  # fmt: skip
+    )
 
 
 def scenes_upsampler() -> UpsamplerRun:

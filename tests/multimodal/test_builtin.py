@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from oneira.multimodal.assembling import check_embeddings
+from oneira.multimodal.checker import Checker
 from oneira.multimodal.embedding import load_clip, square_clip
 from oneira.multimodal.prior import Prior
+from oneira.multimodal.scenes import UNSEEN, agreement, altered, draw, sample, true_reading
 from oneira.multimodal.shelf import BUILTIN
 from oneira.multimodal.upsampler import Upsampler
 from oneira.platform.presets import load_preset
@@ -49,7 +52,26 @@ def test_the_upsampler_comes_nearer_than_bicubic():
         assert scores["rms"] < 0.75 * scores["bicubic"]
 
 
-@pytest.mark.parametrize("name", ["clip", "prior", "upsampler"])
+@pytest.mark.parametrize("size", [64, 256])
+def test_the_judge_reads_true_pictures(size):
+    judge = Checker.load(BUILTIN / "checker")
+    for split in ("pairs", "combos", "all"):
+        scenes = sample(np.arange(200) + UNSEEN, split)
+        assert agreement(scenes, judge.read(draw(scenes, size)))["everything"].mean() >= 0.99
+
+
+def test_the_judge_sees_what_is_wrong():
+    """One thing of each picture is another than its scene says."""
+    scenes = sample(np.arange(200) + UNSEEN, "all")
+    others = altered(scenes, 1)
+    read, true = (
+        agreement(scenes, r) for r in (Checker.load(BUILTIN / "checker").read(draw(others, 64)), true_reading(others))
+    )
+    assert true["everything"].mean() <= 0.1  # in some a change of places is none of what is judged
+    assert np.mean(read["everything"] == true["everything"]) >= 0.99
+
+
+@pytest.mark.parametrize("name", ["clip", "prior", "decoder", "upsampler"])
 def test_they_can_be_named(name):
     from oneira.multimodal.assembling import part_folder
     from oneira.multimodal.embedding import clip_folder
