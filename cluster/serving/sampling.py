@@ -44,7 +44,7 @@ class SamplePlan(Plan):
 
 
 class SampleStage:
-    """Hosts one model. A step draws the oldest plan and all others with the same settings, up to `TOGETHER` rows.
+    """Hosts one model. A step draws the oldest plan and others with the same settings, up to `TOGETHER` rows and `MOST_PASSES`.
 
     Raises:
         UsageError: the model cannot be sampled from.
@@ -70,12 +70,16 @@ class SampleStage:
         labels = settings.pop("labels", None)
         if labels is not None:
             labels = self._labels([labels] * request.n if isinstance(labels, int) else list(labels), request.n)
-        own: int = getattr(self.model.config, "steps", 0)
-        steps: int = settings.get("steps") or own
-        if "steps" in self.params and steps * request.n > MOST_PASSES:
-            raise UsageError(f"{request.n} samples of {steps} steps; n times steps is {MOST_PASSES} at most.")
+        if request.n * self._steps(settings) > MOST_PASSES:
+            raise UsageError(
+                f"{request.n} samples of {self._steps(settings)} steps; n times steps is {MOST_PASSES} at most."
+            )
         self.model.check(**settings)
         return SamplePlan(request=request, settings=settings, labels=labels)
+
+    def _steps(self, settings: Mapping[str, Any]) -> int:
+        """The passes of a row, 0 where they cannot be asked for."""
+        return (settings.get("steps") or getattr(self.model.config, "steps", 0)) if "steps" in self.params else 0
 
     def _labels(self, labels: list[int], n: int) -> list[int]:
         classes = self.model.space.classes
@@ -86,12 +90,14 @@ class SampleStage:
         return labels
 
     def step(self, plans: Sequence[SamplePlan]) -> None:
-        """Draws for the first plan and for those that can share its call."""
+        """Draws for the first plan and for those that can share its call, which nobody can interrupt: it is as long as the
+        largest request alone may be."""
         together: list[SamplePlan] = []
-        rows = 0
+        rows, steps = 0, self._steps(plans[0].settings)
+        most = min(TOGETHER, MOST_PASSES // steps) if steps else TOGETHER
         for plan in plans:
             alike = plan.settings == plans[0].settings and (plan.labels is None) == (plans[0].labels is None)
-            if alike and (not together or rows + plan.request.n <= TOGETHER):
+            if alike and (not together or rows + plan.request.n <= most):
                 together.append(plan)
                 rows += plan.request.n
         self.batches.append(rows)

@@ -14,6 +14,7 @@ from PIL import Image
 from oneira.cluster.serving.engine import Engine
 from oneira.cluster.serving.line import Line
 from oneira.cluster.serving.models import anywhere, load_models, needed_kinds
+from oneira.cluster.serving.sampling import MOST_PASSES, SampleRequest, SampleStage
 from oneira.cluster.serving.service import Service
 from oneira.generative.classifier import Classifier, ClassifierConfig
 from oneira.generative.datasets import DataConfig, load_data
@@ -71,7 +72,7 @@ class Site:
             await self.service.begin()
 
         self.loop.run_until_complete(begin())
-        transport = httpx2.ASGITransport(self.app, raise_app_exceptions=False)
+        transport = httpx2.ASGITransport(self.app)
         self.client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
 
     def ask(self, *documents):
@@ -200,3 +201,15 @@ def test_what_cannot_be_sampled_is_not_served(folder):
     assert anywhere("tiny") == "tiny" and anywhere(str(folder / "says")) == str(folder / "says")
     assert needed_kinds(["tiny"]) == ["text", "prior", "decoder", "upsampler"]
     assert load_models([str(folder / "says")], "none:none", ["text"]) == {"says": []}
+
+
+def test_one_call_is_no_longer_than_the_largest_request_may_be(folder):
+    """Nobody can interrupt it: neither who goes nor who is more urgent."""
+    stage = SampleStage(load_model(folder / "paints"))
+    for steps, calls in ((3, 1), (1000, 3)):
+        stage._draw = lambda plans: [np.zeros(plan.request.n) for plan in plans]
+        plans = [stage.plan(SampleRequest(n=2, seed=k, params={"steps": steps}), {}) for k in range(6)]
+        stage.batches.clear()
+        while left := [plan for plan in plans if not plan.done]:
+            stage.step(left)
+        assert len(stage.batches) == calls and max(stage.batches) * steps <= MOST_PASSES
