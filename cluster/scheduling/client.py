@@ -43,6 +43,7 @@ BEAT_SECONDS = 1.0  # between two signs of life; see SILENCE_SECONDS of the acto
 CLOSE_SECONDS = 3.0  # for the listener to end
 RETRY_SECONDS = 0.1  # between two tries to reach a scheduler that is being started again
 JOIN_SECONDS = 30.0  # for which a new client tries: the scheduler's machine may just have died
+MOST_FAILURES = 50  # in a row, of other kinds, after which it is given up
 SMOOTHING = 0.1  # of the seconds of a step
 EXPECT_SECONDS = 1.0  # for the scheduler to say how long a wait would be
 
@@ -284,6 +285,7 @@ class _Session:
         import ray
         from ray.exceptions import RayActorError
 
+        failures = 0
         while not self._closed and ray.is_initialized():
             steps = {n: lease.step_seconds for n, lease in list(self._leases.items()) if lease.step_seconds}
             try:
@@ -295,8 +297,20 @@ class _Session:
                 with suppress(Exception):  # it may be gone for good: then a new one is made
                     self.desk = find_desk()
                 continue
-            except (Exception, SystemExit):  # the connection to Ray was closed
+            except SystemExit:  # the connection to Ray was closed
                 return
+            except Exception:
+                failures += 1
+                if self._closed or not ray.is_initialized():
+                    return
+                if failures == MOST_FAILURES:
+                    log.exception("The device scheduler cannot be heard any more.")
+                    return
+                time.sleep(RETRY_SECONDS)
+                with suppress(Exception):  # what it said may be lost: it is told anew what is here
+                    self._join()
+                continue
+            failures = 0
             for letter in mail or ():
                 if letter["kind"] in ("Move", "Drop"):
                     self._send_away(letter)
