@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import ssl
@@ -265,14 +266,36 @@ def test_a_model_that_is_not_there_is_told_as_itself(tmp_path):
     assert done.returncode == 2 and "There is no model" in done.stderr.splitlines()[-1]
 
 
+def counted(server):
+    """{route: {status: requests}} by the server's own count."""
+    text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
+    found = {}
+    for route, status, count in re.findall(r'oneira_requests_total\{route="(.*?)",status="(.*?)"\} (\S+)', text):
+        found.setdefault(route.replace(":path", ""), {})[status] = int(float(count))
+    return found
+
+
 @pytest.mark.slow
-def test_no_request_makes_the_server_fail(server, tmp_path):
+@pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.timeout(7200))])
+def test_no_request_makes_the_server_fail(server, tmp_path, capsys, examples):
     """schemathesis, with right and wrong requests of every route of the server's own document."""
-    report = tmp_path / "report.txt"
+    report, before = tmp_path / "report.txt", counted(server)
     with open(report, "w") as file:
         done = subprocess.run(
             [Path(sys.executable).with_name("schemathesis"), "run", f"{server.url}/openapi.json", "--mode", "all",
-             "--checks", "not_a_server_error", "--max-examples", "30", "--seed", "1", "--phases", "examples,coverage,fuzzing"],
-            stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path, timeout=280,
+             "--checks", "not_a_server_error", "--max-examples", str(examples), "--seed", "1",
+             "--phases", "examples,coverage,fuzzing,stateful"],
+            stdout=file, stderr=subprocess.STDOUT, cwd=tmp_path, timeout=7000,
         )  # fmt: skip
     assert done.returncode == 0, report.read_text()[-4000:]
+    after = {
+        route: {status: n - before.get(route, {}).get(status, 0) for status, n in statuses.items()}
+        for route, statuses in counted(server).items()
+    }
+    assert not [route for route, statuses in after.items() for status, n in statuses.items() if status[0] == "5" and n]
+    paths = json.loads(urllib.request.urlopen(f"{server.url}/openapi.json").read())["paths"]
+    sums = {path: sum(after.get(path, {}).values()) for path in paths}
+    if examples > 30:
+        with capsys.disabled():
+            print("", *(f"{path}: {sums[path]} {after.get(path)}" for path in paths), sep="\n")
+    assert min(sums.values()) >= 1
