@@ -121,8 +121,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     # X_a X_b^T: its sides are rows, of which there are thousands, where features may be all pixels of a picture. Where there are
     # fewer features than rows, the triangular factors of X stand for it.
     x_a, x_b = ((x - mean) / math.sqrt(len(x) - 1) for x, mean in zip((a, b), means, strict=True))
-    factors = [np.linalg.qr(x, mode="r") if x.shape[0] > x.shape[1] else x for x in (x_a, x_b)]
-    cross = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
+    f_a, f_b = (np.asarray(np.linalg.qr(x, mode="r")) if x.shape[0] > x.shape[1] else x for x in (x_a, x_b))
+    cross = np.linalg.svd(f_a @ f_b.T, compute_uv=False).sum()
     return float(np.square(means[0] - means[1]).sum() + np.square(x_a).sum() + np.square(x_b).sum() - 2 * cross)
 
 

@@ -70,16 +70,17 @@ class SampleStage:
         labels = settings.pop("labels", None)
         if labels is not None:
             labels = self._labels([labels] * request.n if isinstance(labels, int) else list(labels), request.n)
+        self.model.check(**settings)
         if request.n * self._steps(settings) > MOST_PASSES:
             raise UsageError(
                 f"{request.n} samples of {self._steps(settings)} steps; n times steps is {MOST_PASSES} at most."
             )
-        self.model.check(**settings)
         return SamplePlan(request=request, settings=settings, labels=labels)
 
     def _steps(self, settings: Mapping[str, Any]) -> int:
         """The passes of a row, 0 where they cannot be asked for."""
-        return (settings.get("steps") or getattr(self.model.config, "steps", 0)) if "steps" in self.params else 0
+        own: int = getattr(self.model.config, "steps", 0)
+        return int(settings.get("steps") or own) if "steps" in self.params else 0
 
     def _labels(self, labels: list[int], n: int) -> list[int]:
         classes = self.model.space.classes
