@@ -116,10 +116,10 @@ def training_pair(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What to show the network, and what it should say: (x_t [B, ...], t int64 [B], target [B, ...]).
 
-    Timesteps are uniform, one from each B-th of their range, so that every batch sees all levels of noise.
+    Timesteps are made of uniform numbers in [0, 1], one from each B-th of them, so that every batch sees all levels of noise.
 
     Args:
-        root: of the uniform numbers in [0, 1] that timesteps are made of; above 1, noisy levels are seen more often.
+        root: which root of these numbers is taken; above 1, noisy levels are seen more often.
     """
     rows, place = len(x_0), x_0.device
     jitter = torch.rand(rows, generator=generator, device=place)

@@ -13,7 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ import torch
 
 from oneira.platform.checkpoints import json_bytes, sync, write_replacing
 from oneira.platform.config import to_dict
-from oneira.platform.errors import CheckpointError
+from oneira.platform.errors import CheckpointError, DataError, Interrupted
 from oneira.platform.executor import Executor
 from oneira.platform.report import Report
 from oneira.platform.runs import Run
@@ -85,10 +85,17 @@ def _timed(run: Run, name: str, step: int) -> Iterator[None]:
     """Logs what a stage took, also of one that was interrupted: whoever goes on with it adds to that."""
     before = sum(line["seconds"] for line in run.metrics("stage") if line["step"] == step)
     began = time.perf_counter()
+
+    def log() -> None:
+        run.log("stage", step, name=name, seconds=before + time.perf_counter() - began)
+
     try:
         yield
-    finally:
-        run.log("stage", step, name=name, seconds=before + time.perf_counter() - began)
+    except (KeyboardInterrupt, Interrupted):
+        with suppress(DataError):  # a full disk does not hide why it ends
+            log()
+        raise
+    log()
 
 
 def fit_unit(shared: Any, unit: dict[str, Any]) -> dict[str, Any]:
@@ -145,10 +152,11 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     writing.mkdir(parents=True)
     try:
         write(writing)
-        for path in sorted(writing.rglob("*")):
+        for path in (*writing.rglob("*"), writing):
             sync(path)
         shutil.rmtree(folder, ignore_errors=True)
         writing.rename(folder)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise

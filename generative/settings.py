@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from oneira.platform.errors import ConfigError, DataError, UsageError
-from oneira.platform.runs import place_of
+from oneira.platform.presets import preset_names
 
 from .classifier import Classifier
 from .datasets import DataConfig, Dataset, Rows, batches, first_rows, load_data
@@ -23,7 +23,7 @@ from .inception import Inception, is_inception
 from .learning import learn, lesson_report, scores_of, seed_of, smoke_of
 from .models import GenerativeModel, load_model
 from .scores import mean_nats, score_model, to_tensors
-from .spaces import Space, write_samples
+from .spaces import write_samples
 from .training import TrainSettings
 
 SHOWN = 64  # samples of a report
@@ -58,17 +58,31 @@ class ModelRun:
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must not be negative.")
         # Workers, and whoever resumes, may work in other folders.
-        object.__setattr__(self, "classifier", from_here(self.classifier))
-        object.__setattr__(self, "data", replace(self.data, path=from_here(self.data.path)))
+        data, judge = Path(self.data.path).expanduser(), Path(self.classifier).expanduser()
+        if self.data.path and data.exists():
+            object.__setattr__(self, "data", replace(self.data, path=str(data.absolute())))
+        if self.classifier and self.classifier not in preset_names():
+            folder = judge if is_inception(judge) else find_model(self.classifier)
+            object.__setattr__(self, "classifier", self.classifier if folder is None else str(folder.absolute()))
 
     def smoke(self) -> Any:
         training = smoke_of(self.training)
         return replace(self, training=replace(training, validate_every=10 if training.validate_every else 0), checks=64)
 
     def train(self, run: Any, executor: Any) -> dict[str, Any]:
-        if self.classifier:  # before hours of training, not after
-            _reading(load_classifier(self.classifier), self.dataset().space)
+        if self.classifier and not scores_of(run).exists():  # before hours of training, not after
+            self._check_classifier()
         return learn(self, run, executor)
+
+    def _check_classifier(self) -> None:
+        """Raises UsageError or DataError where it cannot judge what this model draws."""
+        space = self.dataset().space
+        found = load_classifier(self.classifier).reading(space)
+        told = getattr(getattr(self, "model", None), "conditional", False) and isinstance(found, Classifier)
+        if told and found.space.classes != space.classes:
+            raise UsageError(
+                f"The classifier tells {found.space.classes} classes apart; these data have {space.classes}."
+            )
 
     def report(self, run: Any) -> Path:
         subtitle = f"{self.network.kind} on {self.data.name}"
@@ -105,19 +119,6 @@ def load_classifier(name: str) -> Classifier | Inception:
             f"'{name}' is a model of kind '{model.kind}'; a classifier is needed, such as a run of cnn-digits."
         )
     return model
-
-
-def _reading(classifier: Classifier | Inception, space: Space) -> None:
-    """Raises UsageError where a classifier cannot judge what a space's models draw."""
-    found = classifier.reading(space)
-    if space.classes and isinstance(found, Classifier) and found.space.classes != space.classes:
-        raise UsageError(f"The classifier tells {found.space.classes} classes apart; these data have {space.classes}.")
-
-
-def from_here(name: str) -> str:
-    """The path or run of this name as it is called from everywhere; other names, and "", as they are."""
-    found = [place.absolute() for place in (Path(name).expanduser(), place_of(name)) if name and place.exists()]
-    return str(found[0]) if found else name
 
 
 def version_of(name: str) -> str:

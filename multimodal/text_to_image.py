@@ -29,6 +29,7 @@ from oneira.platform import store
 from oneira.platform.config import from_dict, to_dict
 from oneira.platform.devices import pick_device, pick_precision
 from oneira.platform.errors import ConfigError, DataError, UsageError, did_you_mean
+from oneira.platform.logs import say
 
 from .clip import Clip
 from .decoder import Decoder, DecoderStage
@@ -57,6 +58,7 @@ class ModelCard:
         prior_steps, decoder_steps, upsampler_steps: calls of each network for one picture.
         prior_guidance, decoder_guidance: how far to go from what each says without the text to what it says with it.
         sizes: sides in pixels of the pictures after each upsampler, each twice the one before.
+        note: what whoever uses the model should know, said on stderr when it is loaded.
     """
 
     prior: Literal["diffusion", "autoregressive"] = "diffusion"
@@ -66,6 +68,7 @@ class ModelCard:
     decoder_guidance: float = 2.0
     upsampler_steps: int = 1
     sizes: tuple[int, ...] = (128, 256)
+    note: str = ""
 
     def __post_init__(self) -> None:
         for key in ("prior_steps", "decoder_steps", "upsampler_steps"):
@@ -94,6 +97,8 @@ def load_text_to_image(
         return load_public(str(name_or_folder), device=place, dtype=pick_precision(precision, place))
     folder = find_model(name_or_folder)
     card = read_card(folder)
+    if card.note:
+        say("note", f"oneira: note: {card.note}", model=store.name_of(folder))
     clip = Clip.load(folder / "clip").to(place)
     dtype = pick_precision(precision, place)
     decoder = Decoder.load(folder / "decoder").to(place)

@@ -136,7 +136,8 @@ def _run_row(path: Any) -> dict[str, Any]:
     try:
         run = Run.open(path)
         row |= {"preset": run.preset, "smoke": run.smoke, "state": run.state(), "summary": run.summary()}
-        last = max(run.metrics(), key=lambda line: line["time"], default={"stage": None, "step": None})
+        work = [line for line in run.metrics() if line["stage"] != "stage"]  # which says how long others took
+        last = max(work, key=lambda line: line["time"], default={"stage": None, "step": None})
         row |= {"stage": last["stage"], "step": last["step"], "started": run.provenance()["started"][0]["time"]}
     except OneiraError as error:
         row["error"] = str(error)

@@ -253,7 +253,7 @@ class Run:
         """running, done or stopped; "unknown" of a run that one may only read, such as a colleague's."""
         try:
             descriptor = _lock(self.path / ".lock", tries=1)
-        except PermissionError:
+        except OSError:  # no permission, or a file system that is only read
             return "done" if (self.path / "summary.json").exists() else "unknown"
         if descriptor is None:
             return "running"

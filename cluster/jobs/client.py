@@ -63,8 +63,8 @@ class Job:
         """Pieces of the logs as they come, until the job has ended."""
         seen: dict[int, int] = {}
         told: set[int] = set()  # attempts that had ended when their log was read
+        attempts = self.attempts()  # a wrong address or token is said at once
         while True:
-            attempts = _patiently(self.attempts)
             began = time.monotonic()
             for attempt in attempts:
                 if attempt.number in told:
@@ -79,6 +79,7 @@ class Job:
             if state_of(attempts) in ("done", "failed", "stopped"):
                 return
             time.sleep(max(0.5, 5 * (time.monotonic() - began)))  # a log comes whole each time: a long one less often
+            attempts = _patiently(self.attempts)
 
     def stop(self, seconds: float = 90.0) -> str:
         """Ends the job, which may save first, and returns its state. Raises ClusterError when it does not end in time."""
@@ -94,8 +95,10 @@ class Job:
 
     def wait(self) -> int:
         """Waits for the end; the exit code of the last attempt, 1 where there is none."""
-        while (state := _patiently(self.state)) in ("pending", "running", "restarting"):
+        state = self.state()
+        while state in ("pending", "running", "restarting"):
             time.sleep(0.5)
+            state = _patiently(self.state)
         return exit_code(state, _patiently(self.attempts))
 
 

@@ -43,7 +43,6 @@ BEAT_SECONDS = 1.0  # between two signs of life; see SILENCE_SECONDS of the acto
 CLOSE_SECONDS = 3.0  # for the listener to end
 RETRY_SECONDS = 0.1  # between two tries to reach a scheduler that is being started again
 JOIN_SECONDS = 30.0  # for which a new client tries: the scheduler's machine may just have died
-MOST_FAILURES = 50  # in a row, of other kinds, after which it is given up
 SMOOTHING = 0.1  # of the seconds of a step
 EXPECT_SECONDS = 1.0  # for the scheduler to say how long a wait would be
 
@@ -231,15 +230,9 @@ class _Session:
 
     def _send_away(self, letter: dict[str, Any]) -> None:
         """Somebody else needs a model's room."""
-        model, to = self._models[letter["model"]], letter.get("to", "cold")
+        model = self._models[letter["model"]]
         try:
-            try:
-                model.leave(to)
-            except Exception:
-                if to == "cold":
-                    raise
-                log.exception("The model '%s' could not be kept in the host's memory; it is dropped.", model.name)
-                model.leave("cold")
+            model.leave(letter.get("to", "cold"))
         except Exception:  # others' letters are still to be heard; its room stays taken in the books, as it is
             log.exception("The model '%s' could not be moved away.", model.name)
             return
@@ -285,7 +278,6 @@ class _Session:
         import ray
         from ray.exceptions import RayActorError
 
-        failures = 0
         while not self._closed and ray.is_initialized():
             steps = {n: lease.step_seconds for n, lease in list(self._leases.items()) if lease.step_seconds}
             try:
@@ -297,20 +289,8 @@ class _Session:
                 with suppress(Exception):  # it may be gone for good: then a new one is made
                     self.desk = find_desk()
                 continue
-            except SystemExit:  # the connection to Ray was closed
+            except (Exception, SystemExit):  # the connection to Ray was closed
                 return
-            except Exception:
-                failures += 1
-                if self._closed or not ray.is_initialized():
-                    return
-                if failures == MOST_FAILURES:
-                    log.exception("The device scheduler cannot be heard any more.")
-                    return
-                time.sleep(RETRY_SECONDS)
-                with suppress(Exception):  # what it said may be lost: it is told anew what is here
-                    self._join()
-                continue
-            failures = 0
             for letter in mail or ():
                 if letter["kind"] in ("Move", "Drop"):
                     self._send_away(letter)

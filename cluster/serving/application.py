@@ -33,7 +33,7 @@ ACTOR_GPUS = 0.01  # where there are any: without a share, Ray hides them
 STOP_SECONDS = 30.0  # for requests under way at a replica that stops
 HEALTH_SECONDS = 2.0  # between two looks at a replica
 FROZEN_SECONDS = 10.0  # for its answer; Serve replaces it after three looks in a row without one
-LOOKS = 16  # calls of a host beside its pictures: what it is asked about itself must not wait for them
+LOOKS = 16  # calls of a host beside the pictures that it works on and those that wait next
 SILENT_SECONDS = 60.0  # for an answer of a stage elsewhere, before nothing is promised any more
 RETRIES = 2  # of a stage whose replica died: it gives the same wherever it runs
 STATES = ("hot", "warm", "cold")
@@ -74,7 +74,7 @@ def build(serving: Serving, layout: Layout, cpus: int, gpus: int) -> serve.Appli
     most = max(serving.replicas, cpus // 2, gpus)
     scale = {"min_replicas": serving.replicas, "max_replicas": most, "target_ongoing_requests": serving.rows}
     host = serve.deployment(
-        ray_actor_options=actor, max_ongoing_requests=serving.rows * most + LOOKS, autoscaling_config=scale, **common
+        ray_actor_options=actor, max_ongoing_requests=2 * serving.rows + LOOKS, autoscaling_config=scale, **common
     )(Host)
     hosts = {kind: host.options(name=kind).bind(serving, kind) for kind in needed_kinds(serving.models)}
     ingress = serve.deployment(name="ingress", ray_actor_options={"num_cpus": ACTOR_CPUS}, **front)(
@@ -259,7 +259,9 @@ class Remote:
     async def _run_once(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         response = self._hosts[kind_of(stage)].run.remote(model, stage, request, state)
         try:
-            return await response
+            work: Work = await response
+            self._heard[kind_of(stage)] = self._clock()  # looks may wait behind pictures
+            return work
         except asyncio.CancelledError:
             response.cancel()
             raise

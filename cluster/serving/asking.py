@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from oneira.platform.errors import Interrupted, UsageError, did_you_mean
 
@@ -73,7 +74,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "The server is not ready, or stops just now.", code="not_ready", retry=RETRY_READY)
     if isinstance(error, UsageError):
         return ApiError(400, str(error))
-    if isinstance(error, ClientGone):
+    if isinstance(error, (ClientGone, ClientDisconnect)):
         return ApiError(CLIENT_GONE, "The client is gone.")
     return ApiError(500, f"The server failed: {type(error).__name__}.", code="internal_error")
 

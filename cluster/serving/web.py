@@ -24,6 +24,7 @@ from prometheus_client import generate_latest
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from oneira.generative.interpolation import slerp
@@ -86,7 +87,18 @@ async def _nobody() -> None:
 def make_app(service: Service, key: str | None = None, watch: Watch = _nobody) -> FastAPI:
     """The app over a `Service`. `key`: what clients must bear; None asks for none. `watch`: gives the scheduler's report."""
     app = FastAPI(title="Oneira", version="1", docs_url=None, redoc_url=None)
-    for kind in (ApiError, HTTPException, Full, Late, Stopping, UsageError, Busy, Interrupted, ClientGone):
+    for kind in (
+        ApiError,
+        HTTPException,
+        Full,
+        Late,
+        Stopping,
+        UsageError,
+        Busy,
+        Interrupted,
+        ClientGone,
+        ClientDisconnect,
+    ):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(_Door, service=service, key=key)
     _Routes(service, Shelf(), watch).add_to(app)

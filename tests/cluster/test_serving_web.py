@@ -517,7 +517,33 @@ def test_whatever_a_stage_raises_is_answered_named_and_counted_as_it_is(site, mo
     assert site.post(GENERATE, json=GOOD).headers["x-request-id"]
     text = site.ask("GET", "/metrics").text
     assert f'oneira_requests_total{{route="{GENERATE}",status="{status}"}}' in text
-    assert f'oneira_requests_total{{route="{GENERATE}",status="499"}}' not in text
+
+
+def test_a_client_that_goes_while_it_sends_is_counted_as_gone(site):
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        pass
+
+    def gone():
+        found = re.findall(
+            rf'oneira_requests_total\{{route="{GENERATE}",status="499"\}} (\S+)', site.ask("GET", "/metrics").text
+        )
+        return float(found[0]) if found else 0.0
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"100")]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": GENERATE,
+        "query_string": b"",
+        "headers": headers,
+        "http_version": "1.1",
+    }
+    before = gone()
+    site.loop.run_until_complete(site.app(scope | {"scheme": "http", "server": ("localhost", 80)}, receive, send))
+    assert gone() == before + 1
 
 
 # Deadlines ------------------------------------------------------------------------------------------------------------

@@ -203,14 +203,18 @@ def test_a_classifier_that_cannot_judge_is_refused_before_the_training(tmp_path,
         assert not run.metrics()
 
 
-def test_paths_of_a_config_mean_the_same_from_everywhere(tmp_path, monkeypatch):
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "runs" / "judge").mkdir(parents=True)
+def test_paths_of_a_config_mean_the_same_from_everywhere(whole, tmp_path, monkeypatch):
+    for place in ("photos", "runs/other", "judge"):
+        (tmp_path / place).mkdir(parents=True)
+    run, _ = whole("realnvp-moons")
+    shutil.copytree(run.path, tmp_path / "runs" / "judge")
     monkeypatch.chdir(tmp_path)
     config = load_preset("vae-scenes")
     config = replace(config, classifier="judge", data=replace(config.data, name="images", path="photos"))
-    assert config.data.path == str(tmp_path / "photos") and config.classifier == str(tmp_path / "runs" / "judge")
-    assert replace(config, classifier="cnn-digits", data=replace(config.data, path="o/n")).data.path == "o/n"
+    assert config.data.path == str(tmp_path / "photos")
+    assert config.classifier == str(tmp_path / "runs" / "judge" / "model"), "a folder that is no model is passed over"
+    kept = replace(config, classifier="cnn-digits", data=replace(config.data, path="other"))
+    assert (kept.classifier, kept.data.path) == ("cnn-digits", "other"), "names stay, and data are no runs"
 
 
 def test_a_run_that_cannot_be_read_does_not_hide_others(whole, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -307,6 +308,16 @@ def test_a_pipeline_that_draws_the_scenes_is_right_and_one_that_mixes_them_up_is
         assert all(
             value["share"] == 1 if shift == 0 else value["share"] < 0.2 for value in scores[kind]["prior"].values()
         )
+
+
+def test_what_users_should_know_is_said_when_a_model_is_loaded(model, tmp_path, capsys):
+    load_text_to_image(model)
+    assert capsys.readouterr().err == ""
+    shutil.copytree(model, tmp_path / "m")
+    card = json.loads((tmp_path / "m" / MODEL).read_text()) | {"note": "It knows no shapes yet."}
+    (tmp_path / "m" / MODEL).write_text(json.dumps(card))
+    load_text_to_image(tmp_path / "m")
+    assert capsys.readouterr().err == "oneira: note: It knows no shapes yet.\n"
 
 
 # ---- commands
