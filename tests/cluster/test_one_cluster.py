@@ -145,6 +145,7 @@ def test_a_job_a_dream_and_a_server_share_the_device_and_the_run_is_the_same_to_
 
 
 SOAK_SECONDS = float(os.environ.get("ONEIRA_SOAK_SECONDS", 1800))
+PROMPTS = 100  # that come round: the caches are full before the first look
 WINDOW = 1 / 6  # of the soak: how long the beginning and the end are looked at; as long again is warm-up
 
 
@@ -197,7 +198,8 @@ def test_serving_and_training_for_half_an_hour_take_no_more_and_no_more(place, c
     right, pictures, looks = [draw(url, seed) for seed in range(2)], 0, []
     began = time.monotonic()
     while (passed := time.monotonic() - began) < SOAK_SECONDS:
-        draw(url, pictures + 10, f"picture {pictures} of a row without end", n=1 + pictures % 3)  # no cache has seen it
+        turn = pictures % PROMPTS
+        draw(url, turn + 10, f"picture {turn} of a row", n=1 + turn % 3)
         pictures += 1
         if pictures % 5 == 0:
             leave(url)
