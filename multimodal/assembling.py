@@ -85,7 +85,8 @@ def part_folder(name: str, part: str) -> Path:
             if (folder / "provenance.json").is_file():
                 break  # a run's own config.json: it is not trained yet
             return folder
-    raise DataError(f"'{place}' holds no trained network: `oneira resume {name}` goes on with a run.")
+    advice = f": `oneira resume {name}` goes on with it" if (place / "provenance.json").is_file() else ""
+    raise DataError(f"'{place}' holds no trained network{advice}.")
 
 
 def check_parts(sources: dict[str, Path], sizes: Sequence[int] = ()) -> None:

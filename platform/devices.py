@@ -108,13 +108,9 @@ def pick_precision(name: str = "auto", device: torch.device | str | None = None)
         raise UsageError(f"Unknown precision '{name}'. {did_you_mean(name, PRECISIONS)}")
     if name == "auto":
         kind = torch.device(device if device is not None else pick_device()).type
-        has_units = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if kind == "cuda"
-            else cpu_has_bf16()
-            if kind == "cpu"
-            else False
-        )
+        has_units = kind == "cpu" and cpu_has_bf16()
+        if kind == "cuda":
+            has_units = torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if has_units else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 

@@ -188,7 +188,7 @@ def growth(looks, which):
 
 @pytest.mark.slow
 @pytest.mark.timeout(SOAK_SECONDS + 600)
-def test_serving_and_training_for_half_an_hour_take_no_more_and_no_more(place, capsys):
+def test_serving_and_training_for_half_an_hour_take_no_more(place, capsys):
     """Of Oneira's own processes; Ray's daemons keep books of what they did, and are shown."""
     serve = ("serve", "--loader", "tiny:load", "--model", "tiny", "--port", "0", "--address", place.address)
     server = place.start([sys.executable, "-m", "oneira.platform.cli", *serve])
