@@ -74,6 +74,6 @@ def fingerprint_fixture():
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     started = time.monotonic()
-    done = subprocess.run(command(folder), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command(folder), capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     return folder, time.monotonic() - started

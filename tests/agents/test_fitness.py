@@ -89,7 +89,9 @@ def test_keeping_rows_keeps_what_they_remember(model):
     senses.remember(np.zeros((4, 3), np.float32), np.arange(4.0))
     senses.keep(np.array([True, False, True, False]))
     assert senses.num_envs == 2 and np.array_equal(senses.reward, [0, 2])
-    assert np.array_equal(senses.see(frames[[0, 2]])[:, :32], before[[0, 2], :32])
+    after = senses.see(frames[[0, 2]])[:, :32]
+    assert np.abs(after - before[[0, 2], :32]).max() < 1e-4  # without AVX-512 two rows and four differ in their last bits
+    assert np.abs(after - before[[1, 3], :32]).max() > 1e-2
 
 
 def test_a_generation_shares_its_tracks_and_no_other_does():

@@ -24,9 +24,9 @@ def kill_and_resume(command, folder, after):
     process.send_signal(signal.SIGKILL)
     process.wait()
     if not (folder / "config.json").exists():  # killed before there was a run
-        return subprocess.run(command(folder), capture_output=True, text=True, timeout=280)
+        return subprocess.run(command(folder), capture_output=True, text=True, timeout=800)
     return subprocess.run(
-        command(folder, "resume", str(folder), "--executor", "serial"), capture_output=True, text=True, timeout=280
+        command(folder, "resume", str(folder), "--executor", "serial"), capture_output=True, text=True, timeout=800
     )
 
 
@@ -99,7 +99,7 @@ def test_a_film_shows_both_worlds(undisturbed, tmp_path):
 
 def test_evaluate_in_the_dream_gives_the_promised_json(undisturbed, command):
     arguments = ["evaluate", str(undisturbed[0]), "--world", "dream", "--episodes", "3", "--seed", "5", "--json"]
-    done = subprocess.run(command(None, *arguments), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command(None, *arguments), capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     score = json.loads(done.stdout)
     wanted = {

@@ -61,7 +61,7 @@ class Chaos:
         for process in family:
             if process.name() == name:
                 process.kill()
-        self.driver.communicate(timeout=200)
+        self.driver.communicate(timeout=800)
         self.seconds_to_end.append(time.monotonic() - began)
         psutil.wait_procs(family, timeout=60)
         return self.driver.returncode
@@ -85,10 +85,10 @@ class Chaos:
 
     def finish(self):
         """To the end. Ray gives up a start after 30 s, which a loaded machine may need: then once more, as a user would."""
-        _, problems = self.driver.communicate(timeout=280)
+        _, problems = self.driver.communicate(timeout=800)
         if "timed out during startup" in problems:
             self.start()
-            _, problems = self.driver.communicate(timeout=280)
+            _, problems = self.driver.communicate(timeout=800)
         assert self.driver.returncode == 0, problems
 
 
