@@ -29,7 +29,7 @@ from .decoder import Decoder, DecoderConfig, DecoderStage
 from .embedding import COUNTED, clip_folder, clip_place, encode, load_clip, square_clip, statistics
 from .pictures import resize, to_bytes, to_signed
 from .prior import Prior, PriorConfig, PriorStage
-from .scenes import UNSEEN, Scenes, captions, draw, lesson_scenes, rearranged, sample
+from .scenes import KINDS, UNSEEN, Scenes, captions, draw, lesson_scenes, rearranged, sample
 from .stages import PictureRequest, Stage, through
 from .text_stage import TextStage
 from .upsampler import Upsampler, UpsamplerConfig, UpsamplerStage
@@ -122,16 +122,19 @@ class DecoderRun:
     checks: pictures drawn for the score.
     init: a run, a folder, or "builtin": the decoder whose weights the training begins with, on other scenes if the seed is
         another; empty for random ones.
+    kinds: of scenes trained on. One object alone ("single") is where shapes are learnt soonest; the others build on that.
     """
 
     seed: int = 0
     clip: str = "scenes-clip"
     init: str = ""
+    kinds: tuple[str, ...] = KINDS
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     training: TrainSettings
     checks: int = 128
 
     def __post_init__(self) -> None:
+        sample(np.arange(0), kinds=self.kinds)  # raises for unknown ones
         object.__setattr__(self, "clip", str(clip_place(self.clip)))
         if self.init:
             object.__setattr__(self, "init", str(part_place(self.init, "decoder")))
@@ -165,8 +168,13 @@ class DecoderRun:
 
     def batches(self) -> Callable[[int], dict[str, Any]]:
         clip, count, size = load_clip(self.clip), self.training.batch_size, self.decoder.size
-        found = embedding_batches(clip, count, self.seed)
-        return lambda step: {**found(step), "pictures": draw(lesson_scenes(self.seed, step, count), size)}
+
+        def batch_at(step: int) -> dict[str, Any]:
+            scenes = lesson_scenes(self.seed, step, count, kinds=self.kinds)
+            found = encode(clip, scenes, seed_of(self.seed, "words", step))
+            return {**found, "pictures": draw(scenes, size)}
+
+        return batch_at
 
     def score(self, model: Decoder) -> dict[str, float]:
         """By how much (of 1) the drawn pictures differ from the true ones, and how alike CLIP finds them, when the true

@@ -11,6 +11,7 @@ and "combos" (two objects) show nothing else; "all" keeps no such rule.
 from .attributes import (
     BACKGROUNDS,
     COLOURS,
+    KINDS,
     RELATIONS,
     SHAPES,
     SIZES,
@@ -33,6 +34,7 @@ from .judging import Reading, agreement, grid_labels, true_reading
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "KINDS",
     "RELATIONS",
     "SHAPES",
     "SIZES",

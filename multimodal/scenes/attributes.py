@@ -99,30 +99,37 @@ def combo_held_out(shape_a: Any, colour_a: Any, shape_b: Any, colour_b: Any) -> 
     return different & ((3 * (shape_a + shape_b) + colour_a + colour_b) % 7 == 0)
 
 
-def sample(indices: np.ndarray, split: str = "train", seed: int = 0) -> Scenes:
+def sample(indices: np.ndarray, split: str = "train", seed: int = 0, kinds: Sequence[str] = KINDS) -> Scenes:
     """The scenes of these indices.
 
     Args:
-        indices: whole numbers [N], not negative. The same index, split and seed always give the same scene.
+        indices: whole numbers [N], not negative. The same index, split, seed and kinds always give the same scene.
         split: "train", "pairs" (one object whose pair is held out), "combos" (two objects, the pair of each seen in
             training, their combination held out), or "all" (of the kinds of "train", nothing held out).
+        kinds: of `KINDS`, those that "train" and "all" show; "pairs" and "combos" have one kind each.
 
     Raises:
-        UsageError: an unknown split, or a negative index.
+        UsageError: an unknown split or kind, no kind, or a negative index.
     """
     if split not in SPLITS:
         raise UsageError(f"Unknown split '{split}'. {did_you_mean(split, SPLITS)}")
+    if not kinds:
+        raise UsageError(f"No kind of scenes; {did_you_mean('', KINDS)}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"Unknown kind of scenes '{kind}'. {did_you_mean(kind, KINDS)}")
     index = np.asarray(indices, np.int64).reshape(-1)
     if len(index) and index.min() < 0:
         raise UsageError(f"The index of a scene is {index.min()}; it must not be negative.")
     scenes = _empty(index)
-    _sample(seed, SPLITS.index(split), *(getattr(scenes, field.name) for field in fields(scenes)))
+    shown = np.isin(KINDS, kinds)
+    _sample(seed, SPLITS.index(split), shown, *(getattr(scenes, field.name) for field in fields(scenes)))
     return scenes
 
 
-def lesson_scenes(seed: int, step: int, count: int, split: str = "train") -> Scenes:
+def lesson_scenes(seed: int, step: int, count: int, split: str = "train", kinds: Sequence[str] = KINDS) -> Scenes:
     """What a run of this seed learns from at a step: scenes that no other step has, nor another seed."""
-    return sample(np.arange(step * count, (step + 1) * count), split, seed)
+    return sample(np.arange(step * count, (step + 1) * count), split, seed, kinds)
 
 
 def rearranged(scenes: Scenes, seed: int) -> Scenes:
@@ -230,11 +237,13 @@ _combo_held_out = numba.njit(**_JIT)(combo_held_out)
 
 @numba.njit(**_JIT)
 def _sample(
-    seed, split, index, kind, background, count, relation, slope, shape, colour, size, x, y, radius, angle, shade
+    seed, split, shown, index, kind, background, count, relation, slope, shape, colour, size, x, y, radius, angle, shade
 ):
     for n in range(len(index)):
         stream = stream_of(seed, split, index[n])
         kind[n] = _draw_kind(stream, split)
+        while not shown[kind[n]] and split in (TRAIN, ALL):
+            kind[n] = _draw_kind(stream, split)
         background[n] = below(stream, len(BACKGROUNDS))
         slope[n] = below(stream, 25) - 12
         count[n] = 1 if kind[n] == SINGLE else 2 if kind[n] == RELATION else 3

@@ -90,7 +90,8 @@ def test_keeping_rows_keeps_what_they_remember(model):
     senses.keep(np.array([True, False, True, False]))
     assert senses.num_envs == 2 and np.array_equal(senses.reward, [0, 2])
     after = senses.see(frames[[0, 2]])[:, :32]
-    assert np.abs(after - before[[0, 2], :32]).max() < 1e-4  # without AVX-512 two rows and four differ in their last bits
+    # Without AVX-512 two rows and four differ in their last bits.
+    assert np.abs(after - before[[0, 2], :32]).max() < 1e-4
     assert np.abs(after - before[[1, 3], :32]).max() > 1e-2
 
 

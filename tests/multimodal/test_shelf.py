@@ -50,7 +50,8 @@ def test_a_model_is_taken_in_and_its_name_is_enough(tmp_path, capsys):
     whole = foreign.stable_diffusion(tmp_path / "whole")
     taken = said(capsys, "import", str(whole), "--name", "mine")
     assert taken["kind"] == "StableDiffusionPipeline" and taken["left_out"] == []
-    (row,) = said(capsys, "list")["models"]
+    built, row = said(capsys, "list")["models"]
+    assert (built["name"], built["source"]) == ("builtin", "builtin")
     assert (row["name"], row["source"], row["kind"]) == ("mine", "models", "StableDiffusionPipeline")
     by_name, by_path = (load_text_to_image(name)(["a red star"], seed=1, steps=2)[0] for name in ("mine", whole))
     assert np.array_equal(np.asarray(by_name), np.asarray(by_path))
