@@ -3,6 +3,9 @@
 Clients ask by calls that answer nothing, and hear by one call that is always under way (`listen`). When the actor dies
 Ray starts it again, empty; every client then hears that it is unknown, and tells what it has. Until `REJOIN_SECONDS` have
 gone by nothing is granted, so that nothing is granted twice.
+
+Networks lose calls and answers. A letter therefore stays in a client's mail until the client says that it has read it, and
+each call of `listen` says which leases the client has, by which a lost `ask`, `pause` or `release` shows.
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..connection import NAMESPACE
-from .leases import Drop, Lease, Move
+from .leases import Drop, Lease, Move, Refused
 from .scheduler import Scheduler
 
 NAME = "device-scheduler"
@@ -28,18 +31,36 @@ REJOIN_SECONDS = 2.5  # after a restart
 SILENCE_SECONDS = 4.0  # of a client on another machine, after which it is dead; on this one its process is looked for
 
 
+@dataclass
+class _Client:
+    """A process: about is {"id", "host", "pid", "born"}; it numbers its leases itself.
+
+    heard: when it last gave a sign of life, infinity while it listens. mail: letters that it has not said it has read, each
+    with its "serial". posted: the last serial. missing: numbers of leases that it did not name when it last listened.
+    """
+
+    about: dict[str, Any]
+    heard: float
+    mail: list[dict[str, Any]] = field(default_factory=list)
+    posted: int = 0
+    ring: asyncio.Event = field(default_factory=asyncio.Event)
+    missing: set[int] = field(default_factory=set)
+
+    def write(self, kind: str, **fields: Any) -> None:
+        self.posted += 1
+        self.mail.append({"kind": kind, "serial": self.posted, **fields})
+        self.ring.set()
+
+
 class Desk:
-    """The actor. A client is a process: {"id", "host", "pid", "born"}; it numbers its leases itself."""
+    """The actor."""
 
     def __init__(self, restarted: bool | None = None) -> None:
         self.scheduler = Scheduler(time.monotonic)
         if _was_restarted() if restarted is None else restarted:
             self.scheduler.open = False
         self._opens = time.monotonic() + REJOIN_SECONDS
-        self._clients: dict[str, dict[str, Any]] = {}
-        self._heard: dict[str, float] = {}
-        self._mail: dict[str, list[dict[str, Any]]] = {}
-        self._rings: dict[str, asyncio.Event] = {}
+        self._clients: dict[str, _Client] = {}
         self._ids: dict[tuple[str, int], int] = {}  # (client, its number) -> the scheduler's
         self._numbers: dict[int, int] = {}
         self._ticking: asyncio.Task | None = None
@@ -53,9 +74,8 @@ class Desk:
         if self._ticking is None:
             self._ticking = asyncio.create_task(self._tick())
         name = client["id"]
-        self._clients[name], self._heard[name] = dict(client), time.monotonic()
-        self._mail.setdefault(name, [])
-        self._rings.setdefault(name, asyncio.Event())
+        known = self._clients.setdefault(name, _Client(dict(client), 0.0))
+        known.heard = time.monotonic()
         for device in devices:
             self.scheduler.add_device(**device)
         for model in models:
@@ -79,37 +99,60 @@ class Desk:
             if id:
                 self._know(client, held["number"], id)
                 return
-            self._mail[client].append({"kind": "Wanted", "number": held["number"], "pause": True})
+            self._clients[client].write("Wanted", number=held["number"], pause=True)
         self._ask(
             client, held["number"], held["priority"], held["device"], held["bytes"], held["slots"], held["model"], None
         )
 
-    async def listen(self, client: str, steps: Mapping[int, float]) -> list[dict[str, Any]] | None:
+    async def listen(
+        self, client: str, steps: Mapping[int, float], leases: Mapping[int, str], read: int
+    ) -> list[dict[str, Any]] | None:
         """What there is to tell a client, as soon as there is something; at the latest after a second. None: who is that?
 
         Args:
             steps: seconds of a step, by the client's numbers of its leases.
+            leases: states of all leases that it has or waits for, by its numbers.
+            read: serial of the last letter that it has read; later ones are told (again).
         """
-        if client not in self._clients:
+        known = self._clients.get(client)
+        if known is None:
             return None
-        self._heard[client] = math.inf  # it is listening
+        known.heard = math.inf  # it is listening
+        known.mail = [letter for letter in known.mail if letter["serial"] > read]
         for number, seconds in steps.items():
             self.scheduler.stepped(self._ids.get((client, number), 0), seconds)
-        ring = self._rings[client]
-        if not self._mail[client]:
+        self._compare(client, leases)
+        if not known.mail:
+            known.ring.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(ring.wait(), LISTEN_SECONDS)
+                await asyncio.wait_for(known.ring.wait(), LISTEN_SECONDS)
         if client not in self._clients:
             return None
-        ring.clear()
-        self._heard[client] = time.monotonic()
-        mail, self._mail[client] = self._mail[client], []
-        return mail
+        known.heard = time.monotonic()
+        return known.mail
+
+    def _compare(self, client: str, leases: Mapping[int, str]) -> None:
+        """Makes good what was lost on the way here: what a client has asked for, paused, or given back."""
+        known = self._clients[client]
+        told = {letter["number"] for letter in known.mail if letter["kind"] in ("Granted", "Refused", "Unknown")}
+        for number, state in leases.items():
+            id = self._ids.get((client, number))
+            if number in told:
+                continue
+            if id is None:
+                known.write("Unknown", number=number)
+            elif state == "paused" and (lease := self.scheduler.leases.get(id)) and lease.state == "running":
+                self.scheduler.pause(id)
+        missing = {number for name, number in self._ids if name == client} - leases.keys()
+        for number in missing & known.missing:  # not once alone: calls may overtake each other
+            self._release(client, number)
+        known.missing = missing
+        self._post()
 
     async def beat(self, client: str) -> None:
         """A process lives, whatever its listener is busy with."""
         if client in self._clients:
-            self._heard[client] = max(self._heard[client], time.monotonic())
+            self._clients[client].heard = max(self._clients[client].heard, time.monotonic())
 
     async def leave(self, client: str) -> None:
         """A process ends in order: what it held is free."""
@@ -138,11 +181,14 @@ class Desk:
         self._post(events_before)
 
     async def release(self, client: str, number: int) -> None:
+        self._release(client, number)
+        self._post()
+
+    def _release(self, client: str, number: int) -> None:
         id = self._ids.pop((client, number), None)
         if id is not None:
             del self._numbers[id]
             self.scheduler.release(id)
-            self._post()
 
     async def pause(self, client: str, number: int) -> None:
         """The lease's loop has stopped between two steps."""
@@ -192,7 +238,7 @@ class Desk:
 
     async def report(self) -> dict[str, Any]:
         """As `Scheduler.report`, with the clients."""
-        return {**self.scheduler.report(), "clients": [dict(client) for client in self._clients.values()]}
+        return {**self.scheduler.report(), "clients": [client.about for client in self._clients.values()]}
 
     def _know(self, client: str, number: int, id: int) -> None:
         self._ids[client, number], self._numbers[id] = id, number
@@ -200,15 +246,14 @@ class Desk:
     def _post(self, before: Sequence[Any] = ()) -> None:
         """Puts events into the mail of those whom they are for."""
         for event in [*before, *self.scheduler.events()]:
+            known = self._clients.get(event.client)
+            if known is None:
+                continue
             if isinstance(event, (Move, Drop)):
-                if event.client in self._mail:
-                    self._mail[event.client].append({"kind": type(event).__name__, **asdict(event)})
-                    self._rings[event.client].set()
-            elif event.client in self._mail and event.lease in self._numbers:
-                letter = {"kind": type(event).__name__, "number": self._numbers[event.lease], **asdict(event)}
-                self._mail[event.client].append(letter)
-                self._rings[event.client].set()
-                if letter["kind"] == "Refused":
+                known.write(type(event).__name__, **asdict(event))
+            elif event.lease in self._numbers:
+                known.write(type(event).__name__, number=self._numbers[event.lease], **asdict(event))
+                if isinstance(event, Refused):
                     del self._ids[event.client, self._numbers.pop(event.lease)]
 
     async def _tick(self) -> None:
@@ -219,8 +264,8 @@ class Desk:
             if not self.scheduler.open and now >= self._opens:
                 self.scheduler.open = True
             for name, client in list(self._clients.items()):
-                silent = now - self._heard[name]  # negative infinity while it listens
-                if not _lives(client) if client["host"] == host else silent > SILENCE_SECONDS:
+                silent = now - client.heard  # negative infinity while it listens
+                if not _lives(client.about) if client.about["host"] == host else silent > SILENCE_SECONDS:
                     self._forget(name)
             self.scheduler.tick()
             self._post()
@@ -228,11 +273,11 @@ class Desk:
     def _forget(self, name: str) -> None:
         for key in [key for key in self._ids if key[0] == name]:
             del self._numbers[self._ids.pop(key)]
-        host = self._clients[name]["host"]
-        del self._clients[name], self._mail[name], self._heard[name]
-        self._rings.pop(name).set()
+        gone = self._clients.pop(name)
+        gone.ring.set()
         self.scheduler.forget(name)
-        if host != socket.gethostname() and all(client["host"] != host for client in self._clients.values()):
+        host = gone.about["host"]
+        if host != socket.gethostname() and all(client.about["host"] != host for client in self._clients.values()):
             self.scheduler.remove_machine(host)  # one that was scaled away comes back under another name
 
 

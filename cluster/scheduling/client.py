@@ -61,8 +61,9 @@ class Busy(ClusterError):
 class ClusterLease:
     """A lease of one block. Belongs to the block's thread; the listener's thread sets its flags."""
 
-    def __init__(self, session: _Session, number: int, fields: dict[str, Any]) -> None:
+    def __init__(self, session: _Session, number: int, fields: dict[str, Any], deadline: float | None) -> None:
         self.number, self.fields = number, fields
+        self.until = None if deadline is None else time.monotonic() + deadline
         self.state = "waiting"
         self.in_use = True
         self.recalled = self.cancelled = False
@@ -161,12 +162,11 @@ class _Session:
                 if not lease.in_use and not lease.recalled and not lease.cancelled and lease.fields == fields:
                     lease.in_use = True
                     return lease
-            lease = ClusterLease(self, next(self._numbers), fields)
-            self._leases[lease.number] = lease
-        self.desk.ask.remote(self.id, lease.number, *fields.values(), deadline)
+            lease = self._new(fields, deadline)
         lease.wait()
         if lease.refused is not None:
-            del self._leases[lease.number]
+            with self._lock:
+                del self._leases[lease.number]
             why, retry_after = lease.refused["why"], lease.refused["retry_after"]
             if retry_after is None:
                 raise ClusterError(f"The device was not granted: {why} ({fields['bytes']} bytes).")
@@ -176,13 +176,22 @@ class _Session:
             raise Interrupted("The lease of the device was cancelled.")
         return lease
 
+    def _new(self, fields: dict[str, Any], deadline: float | None) -> ClusterLease:
+        """Asks for a lease. The lock is held: no call that says which leases there are goes out between the two."""
+        lease = ClusterLease(self, next(self._numbers), fields, deadline)
+        self._leases[lease.number] = lease
+        self._ask(lease)
+        return lease
+
+    def _ask(self, lease: ClusterLease) -> None:
+        left = None if lease.until is None else max(0.0, lease.until - time.monotonic())
+        self.desk.ask.remote(self.id, lease.number, *lease.fields.values(), left)
+
     def keep(self, model: str, device: str) -> ClusterLease:
         """A lease, new each time, for which a model stays on a device. Raises Busy, ClusterError, Interrupted."""
         fields = {"priority": "interactive", "device": device, "bytes": 0, "slots": 0, "model": model}
         with self._lock:
-            lease = ClusterLease(self, next(self._numbers), fields)
-            self._leases[lease.number] = lease
-        self.desk.ask.remote(self.id, lease.number, *fields.values(), None)
+            lease = self._new(fields, None)
         lease.wait(ROOM_SECONDS)
         if lease.state == "running":
             return lease
@@ -278,11 +287,16 @@ class _Session:
         import ray
         from ray.exceptions import RayActorError
 
+        read = 0
         while not self._closed and ray.is_initialized():
-            steps = {n: lease.step_seconds for n, lease in list(self._leases.items()) if lease.step_seconds}
             try:
-                mail = ray.get(self.desk.listen.remote(self.id, steps))
+                with self._lock:
+                    steps = {n: lease.step_seconds for n, lease in self._leases.items() if lease.step_seconds}
+                    states = {n: lease.state for n, lease in self._leases.items() if lease.refused is None}
+                    listening = self.desk.listen.remote(self.id, steps, states, read)
+                mail = ray.get(listening)
                 if mail is None and not self._closed:
+                    read = 0
                     self._join()
             except RayActorError:
                 time.sleep(RETRY_SECONDS)
@@ -292,11 +306,20 @@ class _Session:
             except (Exception, SystemExit):  # the connection to Ray was closed
                 return
             for letter in mail or ():
-                if letter["kind"] in ("Move", "Drop"):
-                    self._send_away(letter)
-                elif (lease := self._leases.get(letter["number"])) is not None:
-                    lease.hear(letter)
+                if letter["serial"] > read:
+                    read = letter["serial"]
+                    self._read(letter)
             self._tidy()
+
+    def _read(self, letter: dict[str, Any]) -> None:
+        if letter["kind"] in ("Move", "Drop"):
+            self._send_away(letter)
+        elif (lease := self._leases.get(letter["number"])) is None:
+            return
+        elif letter["kind"] != "Unknown":
+            lease.hear(letter)
+        elif lease.refused is None:
+            self._ask(lease)
 
     def _tidy(self) -> None:
         """Gives back what stayed too long, or is wanted now."""

@@ -1,9 +1,15 @@
 """The scheduler's actor and its client without a cluster: signs of life, and a model that cannot be moved."""
 
 import asyncio
+import copy
+import random
+import threading
+import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from oneira.cluster.scheduling import actor, client
@@ -20,7 +26,7 @@ def test_a_client_elsewhere_that_is_busy_keeps_its_leases_as_long_as_it_beats(mo
         device = {"name": "there/cpu", "memory": 1000, "slots": 1, "node": "there", "kind": "cpu", "host": 0}
         await desk.join({"id": "far", "host": "there", "pid": 1, "born": 0.0}, [device], [], [])
         await desk.ask("far", 1, "train", "there/cpu", 10, 1, None, None)
-        assert [letter["kind"] for letter in await desk.listen("far", {})] == ["Granted"]
+        assert [letter["kind"] for letter in await desk.listen("far", {}, {1: "waiting"}, 0)] == ["Granted"]
         for _ in range(20):  # it is busy with a letter, and does not listen
             await asyncio.sleep(0.05)
             if beats:
@@ -87,3 +93,93 @@ def test_copies_of_two_machines_have_two_names(monkeypatch):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
         names.add(_of_this_process("stable@home"))
     assert len(names) == 2 and {name.rpartition("@")[0] for name in names} == {"stable@home"}
+
+
+class Wire:
+    """To an actor in a loop of another thread. Loses one call in five on its way there, and one answer in five on the way back."""
+
+    def __init__(self, loop, desk):
+        self.loop, self.desk, self.chance, self.lost = loop, desk, random.Random(0), 0
+        self.lock = threading.Lock()
+
+    def __getattr__(self, name):
+        def remote(*arguments):
+            with self.lock:
+                lot = self.chance.random()
+                self.lost += lot < 0.4
+            answer, failed = Future(), ray.exceptions.ActorUnavailableError("a cable is loose", None)
+            if name == "join" or lot >= 0.4:
+                return self.send(name, arguments)
+            if lot >= 0.2:
+                self.send(name, arguments)
+            threading.Timer(0.02, answer.set_exception, [failed]).start()
+            return answer
+
+        return SimpleNamespace(remote=remote)
+
+    def send(self, name, arguments):
+        async def call():
+            return copy.deepcopy(await getattr(self.desk, name)(*copy.deepcopy(arguments)))
+
+        return asyncio.run_coroutine_threadsafe(call(), self.loop)
+
+
+@pytest.fixture
+def wire(monkeypatch):
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def make():
+        return actor.Desk(restarted=False)
+
+    found = Wire(loop, asyncio.run_coroutine_threadsafe(make(), loop).result())
+    monkeypatch.setattr(actor, "LISTEN_SECONDS", 0.05)
+    for key, value in (("RETRY_SECONDS", 0.01), ("LINGER_SECONDS", 0.05), ("find_desk", lambda: found)):
+        monkeypatch.setattr(client, key, value)
+    monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer.result(timeout))
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    yield found
+
+    async def end():
+        found.desk._ticking.cancel()
+
+    asyncio.run_coroutine_threadsafe(end(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_lost_calls_and_answers_leave_nobody_waiting_and_nothing_behind(wire):
+    session = _Session()
+    device, cores = session.devices[0]["name"], session.devices[0]["slots"]
+    done, refused = [], []
+
+    def work(number):
+        priority = "interactive" if number % 2 else "train"
+        for block in range(8):
+            fields = {"priority": priority, "device": device, "bytes": number, "slots": cores, "model": None}
+            deadline = 0.0 if block == 7 else None
+            try:
+                lease = session.take(fields, deadline)
+            except client.Busy:
+                refused.append(number)
+                continue
+            for _ in range(5):
+                lease.step()
+                time.sleep(0.005)
+            session.leave(lease)
+        done.append(number)
+
+    workers = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(6)]
+    for worker in workers:
+        worker.start()
+    end = time.monotonic() + 60
+    for worker in workers:
+        worker.join(max(0.0, end - time.monotonic()))
+    assert sorted(done) == [0, 1, 2, 3, 4, 5], wire.desk.scheduler.report()
+    while (session._leases or wire.desk.scheduler.leases or wire.desk._ids) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not session._leases and not wire.desk.scheduler.leases and not wire.desk._ids
+    assert wire.lost > 50 and refused
+    session.close()
