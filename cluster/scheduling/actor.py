@@ -214,6 +214,11 @@ class Desk:
         self.scheduler.moved(model, device)
         self._post()
 
+    async def stayed(self, model: str, device: str) -> None:
+        """As `Scheduler.stayed`."""
+        self.scheduler.stayed(model, device)
+        self._post()
+
     async def loaded(self, client: str, number: int, seconds: float, state: Any) -> None:
         """As `Scheduler.loaded`."""
         self.scheduler.loaded(self._ids.get((client, number), 0), seconds, state)

@@ -242,8 +242,10 @@ class _Session:
         model = self._models[letter["model"]]
         try:
             model.leave(letter.get("to", "cold"))
-        except Exception:  # others' letters are still to be heard; its room stays taken in the books, as it is
+        except Exception:  # others' letters are still to be heard
             log.exception("The model '%s' could not be moved away.", model.name)
+            if letter["kind"] == "Move":
+                self.desk.stayed.remote(model.name, letter["device"])
             return
         model.here = False
         if letter["kind"] == "Move":

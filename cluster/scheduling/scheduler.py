@@ -122,6 +122,22 @@ class Scheduler:
             self._leave(place, model)
             self._advance(place)
 
+    def stayed(self, model: str, device: str) -> None:
+        """Its owner says that a model could not be moved: it stays, and whoever can never have room beside it is refused."""
+        place = self.places[device]
+        if model not in place.ledger.residents or not place.ledger.residents[model].leaving:
+            return
+        place.ledger.residents[model].leaving = False
+        self.pin(model, device)
+        place.host.forget(model)
+        self._hot[model].put(device, place.until())
+        for lease in place.line.in_order():
+            if lease.state == "waiting" and not self._possible(place, lease):
+                del self.leases[lease.id]
+                self._end(place, lease, self.clock())
+                self._refuse(lease, f"model '{model}' could not be moved away", None)
+        self._advance(place)
+
     # Leases ---------------------------------------------------------------------------------------------------------
 
     def ask(

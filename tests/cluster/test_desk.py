@@ -66,7 +66,7 @@ def test_a_model_that_cannot_be_moved_ends_no_listener_and_stays_in_the_books(ca
     session._models = {name: _Model(name, 10, "here/cpu", leave, here=True)}
     session._send_away({"kind": "Move", "model": name, "device": "here/cpu", "to": "cold"})
     assert session._models[name].here == fails
-    assert session.desk.told == ([] if fails else [("moved", name, "here/cpu")])
+    assert session.desk.told == [("stayed" if fails else "moved", name, "here/cpu")]
     assert ("could not be moved" in caplog.text) == fails
 
 

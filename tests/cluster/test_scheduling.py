@@ -228,6 +228,25 @@ def test_the_model_that_is_asked_for_least_gives_way_and_its_owner_says_when():
     assert scheduler.state("a", "d") == scheduler.state("c", "d") == "hot" and scheduler.state("b", "d") == "cold"
 
 
+def test_a_model_that_cannot_be_moved_stays_and_holds_up_only_who_needs_its_room():
+    _, scheduler = make(memory=100, slots=2, models={"m": 60, "n": 50}, host=100)
+    assert scheduler.announce("a", "m", 60, "d")
+    large = scheduler.ask("b", "interactive", device="d", model="n")
+    small = scheduler.ask("c", "interactive", device="d", bytes=30)
+    (move,) = scheduler.events()
+    assert isinstance(move, Move) and scheduler.state("m", "d") == "hot"
+    scheduler.stayed("m", "d")
+    refused, granted = scheduler.events()
+    assert isinstance(refused, Refused) and (refused.lease, refused.retry_after) == (large, None)
+    assert "'m' could not be moved" in refused.why
+    assert isinstance(granted, Granted) and granted.lease == small
+    scheduler.ask("b", "interactive", device="d", model="n")
+    assert isinstance(scheduler.events()[0], Refused)
+    scheduler.forget("a")  # its process ends, and with it the model
+    scheduler.ask("b", "interactive", device="d", model="n")
+    assert isinstance(scheduler.events()[0], Granted) and "m" not in scheduler.places["d"].host.models
+
+
 def test_models_stay_in_the_nodes_memory_where_there_is_room():
     _, scheduler = make(models={"a": 80, "b": 80}, host=100)
     scheduler.release(scheduler.ask("host", "interactive", model="a"))
@@ -539,6 +558,13 @@ class Scheduling(RuleBasedStateMachine):
         if self.here.pop((move.model, move.device), None) is not None:
             self.scheduler.moved(move.model, move.device)
             self.listen()
+
+    @precondition(lambda self: self.moves)
+    @rule()
+    def a_model_cannot_leave(self):
+        move = self.moves.pop(0)
+        self.scheduler.stayed(move.model, move.device)
+        self.listen()
 
     @rule(client=st.sampled_from(CLIENTS))
     def a_client_dies(self, client):
