@@ -112,19 +112,16 @@ def _rates(
 
 
 def training_pair(
-    schedule: Schedule, prediction: Prediction, x_0: Tensor, generator: torch.Generator, *, root: float = 1.0
+    schedule: Schedule, prediction: Prediction, x_0: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What to show the network, and what it should say: (x_t [B, ...], t int64 [B], target [B, ...]).
 
-    Timesteps are made of uniform numbers in [0, 1], one from each B-th of them, so that every batch sees all levels of noise.
-
-    Args:
-        root: which root of these numbers is taken; above 1, noisy levels are seen more often.
+    Timesteps are uniform, one from each B-th of them, so that every batch sees all levels of noise.
     """
     rows, place = len(x_0), x_0.device
     jitter = torch.rand(rows, generator=generator, device=place)
     order = torch.randperm(rows, generator=generator, device=place)
-    t = (((order + jitter) / rows) ** (1 / root) * schedule.timesteps).long().clamp_(max=schedule.timesteps - 1)
+    t = ((order + jitter) / rows * schedule.timesteps).long().clamp_(max=schedule.timesteps - 1)
     noise = torch.randn(x_0.shape, generator=generator, device=place)
     alpha, sigma = schedule.rates(t, x_0)
     x_t = alpha * x_0 + sigma * noise

@@ -79,10 +79,9 @@ class ModelRun:
         space = self.dataset().space
         found = load_classifier(self.classifier).reading(space)
         told = getattr(getattr(self, "model", None), "conditional", False) and isinstance(found, Classifier)
-        if told and found.space.classes != space.classes:
-            raise UsageError(
-                f"The classifier tells {found.space.classes} classes apart; these data have {space.classes}."
-            )
+        classes = found.space.classes if found.space else None
+        if told and classes != space.classes:
+            raise UsageError(f"The classifier tells {classes} classes apart; these data have {space.classes}.")
 
     def report(self, run: Any) -> Path:
         subtitle = f"{self.network.kind} on {self.data.name}"

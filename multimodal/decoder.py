@@ -45,9 +45,6 @@ HEAD = 32  # channels of an attention head
 GROUPS = 8  # of the group norms
 DROP_BOTH, DROP_IMAGE, DROP_TEXT = 0.1, 0.1, 0.2  # shares of the rows that train without
 MASKED = 0.25  # share of the rows that train on an edit
-# What is where is decided while flat shapes can hardly be seen, signal to noise 0.05 to 0.6: two thirds of the training are
-# there, of uniform timesteps two fifths would be. (Larger pictures want more noise: Hoogeboom et al. 2023, section 2.1.)
-ROOT = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +145,7 @@ class Decoder(nn.Module):
         batch: pictures uint8 [B, S, S, 3], and what `embedding.encode` gives.
         """
         x_0 = to_signed(batch["pictures"])
-        x_t, t, target = training_pair(SCHEDULE, "x0", x_0, generator, root=ROOT)
+        x_t, t, target = training_pair(SCHEDULE, "x0", x_0, generator)
         _, sigma = SCHEDULE.rates(t, x_0)
         lot = torch.rand(len(x_0), generator=generator, device=x_0.device)
         no_image = lot < DROP_BOTH + DROP_IMAGE

@@ -105,7 +105,7 @@ class Desk:
         )
 
     async def listen(
-        self, client: str, steps: Mapping[int, float], leases: Mapping[int, str], read: int
+        self, client: str, steps: Mapping[int, float], leases: Mapping[int, str], read: int, asked: Mapping[str, int]
     ) -> list[dict[str, Any]] | None:
         """What there is to tell a client, as soon as there is something; at the latest after a second. None: who is that?
 
@@ -113,6 +113,7 @@ class Desk:
             steps: seconds of a step, by the client's numbers of its leases.
             leases: states of all leases that it has or waits for, by its numbers.
             read: serial of the last letter that it has read; later ones are told (again).
+            asked: how many times models were asked for since it last listened.
         """
         known = self._clients.get(client)
         if known is None:
@@ -121,6 +122,8 @@ class Desk:
         known.mail = [letter for letter in known.mail if letter["serial"] > read]
         for number, seconds in steps.items():
             self.scheduler.stepped(self._ids.get((client, number), 0), seconds)
+        for model, times in asked.items():
+            self.scheduler.count(model, times)
         self._compare(client, leases)
         if not known.mail:
             known.ring.clear()
@@ -198,6 +201,10 @@ class Desk:
     async def expect(self, client: str, device: str, slots: int, model: str | None) -> float:
         """As `Scheduler.expect`."""
         return self.scheduler.expect(client, device, model=model, slots=slots)
+
+    async def is_worth(self, model: str, device: str) -> bool:
+        """As `Scheduler.is_worth`."""
+        return model in self.scheduler.models and self.scheduler.is_worth(model, device)
 
     async def add_model(self, client: str, name: str, bytes: int) -> None:
         """A process has a model of its own; see `Scheduler.add_model`."""

@@ -30,7 +30,7 @@ from oneira.platform.devices import Priority, check_priority, memory_bytes, num_
 from oneira.platform.errors import ClusterError, Interrupted
 
 from ..connection import before_leaving
-from .actor import find_desk
+from .actor import MOVE_SECONDS, REJOIN_SECONDS, find_desk
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ CLOSE_SECONDS = 3.0  # for the listener to end
 RETRY_SECONDS = 0.1  # between two tries to reach a scheduler that is being started again
 JOIN_SECONDS = 30.0  # for which a new client tries: the scheduler's machine may just have died
 SMOOTHING = 0.1  # of the seconds of a step
+EVICT_SECONDS = MOVE_SECONDS + 5.0  # for the scheduler to send models away
 EXPECT_SECONDS = 1.0  # for the scheduler to say how long a wait would be
 
 
@@ -138,6 +139,7 @@ class _Session:
         self._leases: dict[int, ClusterLease] = {}
         self._models: dict[str, _Model] = {}
         self._limits: dict[str, int] = {}
+        self._asked: dict[str, int] = {}  # by model, since the scheduler was last told
         self._lock = threading.Lock()
         self._join_soon()
         self._closed = False
@@ -220,6 +222,19 @@ class _Session:
         except (GetTimeoutError, RayError):  # away, or started again and not told of this device yet
             return 0.0
 
+    def count(self, model: str, times: int) -> None:
+        with self._lock:
+            self._asked[model] = self._asked.get(model, 0) + times
+
+    def is_worth(self, model: str, device: str) -> bool:
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        try:
+            return ray.get(self.desk.is_worth.remote(model, device), timeout=EXPECT_SECONDS)
+        except (GetTimeoutError, RayError):  # away, or started again and not told of this device yet
+            return False
+
     def add_model(self, model: _Model) -> None:
         self._models[model.name] = model
         self.desk.add_model.remote(self.id, model.name, model.bytes)
@@ -230,8 +245,14 @@ class _Session:
 
     def out_of_memory(self, lease: ClusterLease) -> bool:
         import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
 
-        return ray.get(self.desk.out_of_memory.remote(self.id, lease.number))
+        for _ in range(2):  # it may just be started again
+            try:
+                return ray.get(self.desk.out_of_memory.remote(self.id, lease.number), timeout=EVICT_SECONDS)
+            except (GetTimeoutError, RayActorError):
+                time.sleep(REJOIN_SECONDS)
+        return False
 
     def limit(self, device: str, memory: int) -> None:
         self._limits[device] = memory
@@ -295,7 +316,8 @@ class _Session:
                 with self._lock:
                     steps = {n: lease.step_seconds for n, lease in self._leases.items() if lease.step_seconds}
                     states = {n: lease.state for n, lease in self._leases.items() if lease.refused is None}
-                    listening = self.desk.listen.remote(self.id, steps, states, read)
+                    asked, self._asked = self._asked, {}
+                    listening = self.desk.listen.remote(self.id, steps, states, read, asked)
                 mail = ray.get(listening)
                 if mail is None and not self._closed:
                     read = 0
@@ -483,6 +505,14 @@ class ClusterDevice:
     def expect(self, model: str) -> float:
         """Seconds until a request for a model would be worked on; 0 where the scheduler does not say."""
         return _session().expect(_of_this_process(model), self._name, self._slots)
+
+    def count(self, model: str, times: int) -> None:
+        """Tells that a model was asked for so many times: what decides which models stay."""
+        _session().count(_of_this_process(model), times)
+
+    def is_worth(self, model: str) -> bool:
+        """Whether bringing a model now is worth more than what would leave for it."""
+        return _session().is_worth(_of_this_process(model), self._name)
 
     def let_go(self, lease: ClusterLease) -> None:
         """Others may have the model's room now."""

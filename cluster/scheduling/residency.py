@@ -77,9 +77,9 @@ class Demand:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[float, float]] = {}  # (weight, time)
 
-    def count(self, model: str, now: float) -> None:
+    def count(self, model: str, now: float, times: int = 1) -> None:
         weight, then = self._seen.get(model, (0.0, now))
-        self._seen[model] = (weight * 0.5 ** ((now - then) / HALF_LIFE) + 1.0, now)
+        self._seen[model] = (weight * 0.5 ** ((now - then) / HALF_LIFE) + times, now)
 
     def forget(self, model: str) -> None:
         self._seen.pop(model, None)

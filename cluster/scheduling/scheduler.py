@@ -205,6 +205,20 @@ class Scheduler:
             return math.inf
         return place.wait(lease, now, hoping=True) + self._restore(place, lease)
 
+    def count(self, model: str, times: int) -> None:
+        """A client was asked for a model so many times, and had it, or refused: no lease tells of these."""
+        if model in self.models:
+            self.demand.count(model, self.clock(), times)
+
+    def is_worth(self, model: str, device: str) -> bool:
+        """Whether bringing a model to a device now is worth more than what would leave for it."""
+        now, place = self.clock(), self.places[device]
+        lease = Lease(0, "", "interactive", now, device, model, slots=0, turn=now, named=True)
+        if model in place.ledger.residents or not self._possible(place, lease):
+            return False
+        cost = self._giving_up(place, lease, now)
+        return cost is not None and self._pays(place, lease, cost, now)
+
     def release(self, lease_id: int) -> None:
         """The client is done with a lease, or does not want it any more. Unknown ones are ignored."""
         lease = self.leases.pop(lease_id, None)
@@ -403,9 +417,9 @@ class Scheduler:
                 best, least = place, cost
         if best is None:
             return None
-        restore = self._restore(best, lease)
-        if restore * self.demand.rate(model.name, now) / (len(model.devices) + 1) <= WORTH * least:
+        if not self._pays(best, lease, least, now):
             return None
+        restore = self._restore(best, lease)
         coming = replace(
             lease, id=next(self._ids), device=best.name, bytes=0, seconds=0.0, deadline=math.inf, restore=restore
         )
@@ -413,6 +427,12 @@ class Scheduler:
         wait = best.wait(coming, now) + restore
         self._enlist(best, coming)
         return wait
+
+    def _pays(self, place: Place, lease: Lease, cost: float, now: float) -> bool:
+        """Whether bringing the lease's model is worth what leaves for it, a `cost` as of `_giving_up`."""
+        name = lease.model or ""
+        gain = self._restore(place, lease) * self.demand.rate(name, now) / (len(self.models[name].devices) + 1)
+        return gain > WORTH * cost
 
     def _enlist(self, place: Place, lease: Lease) -> None:
         self.leases[lease.id] = lease

@@ -153,6 +153,10 @@ class Host:
         """As `Engine.expect`."""
         return await self.engine.expect(model, stage)
 
+    async def want(self, model: str) -> None:
+        """As `Engine.want`."""
+        await self.engine.want(model)
+
     async def run(self, model: str, stage: str, request: Request, state: Mapping[str, Any]) -> Work:
         """As `Engine.run`."""
         return await self.engine.run(model, stage, request, state)
@@ -239,10 +243,14 @@ class Remote:
         except (RayActorError, DeploymentUnavailableError, BackPressureError):
             return 0.0  # nobody knows; `run` tries another replica
 
-    async def _of_all(self, method: str) -> list[Any]:
+    async def want(self, model: str) -> None:
+        """As `Engine.want`."""
+        await self._of_all("want", model)
+
+    async def _of_all(self, method: str, *arguments: Any) -> list[Any]:
         """What one replica of each kind says."""
         try:
-            return await asyncio.gather(*(getattr(host, method).remote() for host in self._hosts.values()))
+            return await asyncio.gather(*(getattr(host, method).remote(*arguments) for host in self._hosts.values()))
         except (RayActorError, DeploymentUnavailableError, BackPressureError) as error:
             raise Stopping from error
 

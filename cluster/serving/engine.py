@@ -107,6 +107,7 @@ class Engine:
         """
         if self._closed or self.dead:
             raise Stopping
+        self._shelf.count(model, 1)
         jobs = self._jobs[model, stage]
         job = _Job(request, state, asyncio.get_running_loop().create_future())
         jobs.append(job)
@@ -152,6 +153,15 @@ class Engine:
         if self._leased and model in self._shelf.held:
             return 0.0
         return await asyncio.to_thread(self._shelf.expect, model)
+
+    async def want(self, model: str) -> None:
+        """A request for a model was refused for want of time. It is brought where that is worth what leaves for it: else nobody
+        would ever have it in time."""
+        self._shelf.count(model, len(self.names[model]))
+        if model in self._shelf.held or model in self._coming or self._closed or self.dead:
+            return
+        if await asyncio.to_thread(self._shelf.is_worth, model) and model not in self._coming:
+            self._coming[model] = asyncio.create_task(self._bring(model))
 
     async def states(self) -> dict[str, str]:
         """Of each model: hot, warm or cold."""

@@ -10,6 +10,7 @@ from oneira.multimodal.stages import PictureRequest
 from .sampling import SampleRequest
 
 SMOOTHING = 0.3  # of measured seconds
+DOUBT = 0.9  # of what was measured is believed after each refusal that it led to
 UNKNOWN_WAIT = 30.0  # seconds, told where nobody knows when there will be room
 
 Asked = tuple[int | None, int]  # (steps, None where the model's own number was meant; rows that are made together)
@@ -45,6 +46,20 @@ class Pace:
         of[asked] = before + SMOOTHING * (seconds - before)
         self._made[model, stage] = steps
 
+    def took_longer(self, model: str, stages: Sequence[str], asked: Asked, seconds: float) -> None:
+        """A request had not gone through these stages after so many seconds. Else one that never ends in time would never be
+        measured, and be let in again and again: what is missing is put down to the stage that is known to take longest."""
+        known = {stage: self.seconds(model, stage, asked) for stage in stages}
+        missing = seconds - sum(known.values())
+        if known and missing > 0:
+            longest = max(reversed(known), key=known.__getitem__)  # where none is known: the last
+            self._seconds.setdefault((model, longest), {})[asked] = known[longest] + missing
+
+    def doubt(self, model: str, stage: str, asked: Asked) -> None:
+        """A request was refused for what such ones took. It may have been the load of that hour, and nobody would measure again."""
+        if of := self._seconds.get((model, stage)):
+            of[asked if asked in of else next(reversed(of))] *= DOUBT
+
     def seconds(self, model: str, stage: str, asked: Asked) -> float:
         """What such a request should take: as measured, else as the last one, by its steps where the stage makes as many as it
         is asked for. 0 where there was none."""
@@ -54,5 +69,5 @@ class Pace:
         if asked in of:
             return of[asked]
         last = next(reversed(of))
-        obeys = last[0] is not None and last[0] == self._made[model, stage] > 1
+        obeys = last[0] is not None and last[0] == self._made.get((model, stage), 0) > 1
         return of[last] * (asked[0] / last[0] if asked[0] and last[0] and obeys else 1.0)

@@ -51,6 +51,10 @@ class Memory(Protocol):
 
     def expect(self, model: str) -> float: ...
 
+    def count(self, model: str, times: int) -> None: ...
+
+    def is_worth(self, model: str) -> bool: ...
+
 
 class Kept:
     """Models that all stay where they are: the shelf of an engine that shares its device with nobody."""
@@ -85,6 +89,12 @@ class Kept:
 
     def expect(self, model: str) -> float:
         return 0.0
+
+    def count(self, model: str, times: int) -> None:
+        return None
+
+    def is_worth(self, model: str) -> bool:
+        return False
 
 
 class Residents:
@@ -158,6 +168,14 @@ class Residents:
     def expect(self, model: str) -> float:
         """Seconds until a model would be there and the device free."""
         return self._memory.expect(model)
+
+    def count(self, model: str, times: int) -> None:
+        """Tells that a model was asked for."""
+        self._memory.count(model, times)
+
+    def is_worth(self, model: str) -> bool:
+        """Whether a model that is not here should come, whatever leaves for it."""
+        return self._memory.is_worth(model)
 
     def _bring(self, model: str, use: Use) -> None:
         state = self._states[model]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from oneira.multimodal.stages import PictureRequest, State
 from oneira.platform.errors import DataError, UsageError
 
 from .caches import CACHED, MOST_BYTES, Cache, key_of
-from .engine import Work
+from .engine import Stopping, Work
 from .line import Line, Ticket
 from .models import kind_of
 from .pacing import Asked, Late, Pace, asked_of
@@ -44,6 +45,8 @@ class Way(Protocol):
     async def digests(self) -> dict[tuple[str, str], str]: ...
 
     async def expect(self, model: str, stage: str) -> float: ...
+
+    async def want(self, model: str) -> None: ...
 
 
 class Measures:
@@ -185,7 +188,7 @@ class Service:
         self, model: str, requests: Sequence[Request], goal: Goal, enough: Callable[[State], bool],
         on_picture: Callable[[int, np.ndarray], None] | None, until: float | None,
     ) -> list[State]:  # fmt: skip
-        asked = asked_of(requests)
+        asked, began = asked_of(requests), asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout_at(until) as limit:
                 if until is not None:
@@ -193,6 +196,8 @@ class Service:
                 return await self._made(model, requests, asked, goal, enough, on_picture)
         except TimeoutError as error:
             if limit.expired():
+                spent = asyncio.get_running_loop().time() - began
+                self._pace.took_longer(model, self._left(model, requests, goal), asked, spent)
                 raise Late("it took longer than was expected", 1.0) from error
             raise
 
@@ -215,17 +220,25 @@ class Service:
         self, model: str, requests: Sequence[Request], goal: Goal, asked: Asked, until: float
     ) -> None:
         """Raises Late where the wait and the work, as far as they are known, last longer than until then."""
-        stages = list(self.models[model])
-        if (model, goal) in self._last:
-            stages = stages[: stages.index(self._last[model, goal]) + 1]
-        left = [stage for stage in stages if not all(self._remembers(model, stage, request) for request in requests)]
+        left = self._left(model, requests, goal)
         if not left:
             return
         wait = self.line.wait(len(requests)) + await self._way.expect(model, left[0])
         work = sum(self._pace.seconds(model, stage, asked) for stage in left)
         late = asyncio.get_running_loop().time() + wait + work - until
         if late > 0:
+            for stage in left if late <= work else ():  # without the work it would have been in time
+                self._pace.doubt(model, stage, asked)
+            with suppress(Stopping):
+                await self._way.want(model)
             raise Late(f"it would wait for {wait:.2f} s and take {work:.2f} s", late)
+
+    def _left(self, model: str, requests: Sequence[Request], goal: Goal) -> list[str]:
+        """The stages on the way to a goal whose results are not remembered."""
+        stages = list(self.models[model])
+        if (model, goal) in self._last:
+            stages = stages[: stages.index(self._last[model, goal]) + 1]
+        return [stage for stage in stages if not all(self._remembers(model, stage, request) for request in requests)]
 
     def _remembers(self, model: str, stage: str, request: Request) -> bool:
         return kind_of(stage) in CACHED and key_of(self._digests, model, stage, request) in self.caches[kind_of(stage)]

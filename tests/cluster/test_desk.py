@@ -26,7 +26,7 @@ def test_a_client_elsewhere_that_is_busy_keeps_its_leases_as_long_as_it_beats(mo
         device = {"name": "there/cpu", "memory": 1000, "slots": 1, "node": "there", "kind": "cpu", "host": 0}
         await desk.join({"id": "far", "host": "there", "pid": 1, "born": 0.0}, [device], [], [])
         await desk.ask("far", 1, "train", "there/cpu", 10, 1, None, None)
-        assert [letter["kind"] for letter in await desk.listen("far", {}, {1: "waiting"}, 0)] == ["Granted"]
+        assert [letter["kind"] for letter in await desk.listen("far", {}, {1: "waiting"}, 0, {})] == ["Granted"]
         for _ in range(20):  # it is busy with a letter, and does not listen
             await asyncio.sleep(0.05)
             if beats:

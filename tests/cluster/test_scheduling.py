@@ -247,6 +247,21 @@ def test_a_model_that_cannot_be_moved_stays_and_holds_up_only_who_needs_its_room
     assert isinstance(scheduler.events()[0], Granted) and "m" not in scheduler.places["d"].host.models
 
 
+def test_a_model_is_worth_bringing_when_it_is_asked_for_more_than_what_leaves_for_it():
+    _, scheduler = make(memory=100, models={"m": 60, "n": 60, "huge": 200})
+    assert scheduler.announce("a", "m", 60, "d")
+    scheduler.count("m", 10)
+    scheduler.count("n", 10)
+    scheduler.count("stranger", 10)
+    assert not scheduler.is_worth("m", "d") and not scheduler.is_worth("n", "d") and not scheduler.is_worth("huge", "d")
+    scheduler.count("n", 10)
+    assert scheduler.is_worth("n", "d") and not scheduler.leases
+    use = scheduler.ask("a", "interactive", device="d", model="m", slots=0)
+    assert not scheduler.is_worth("n", "d")  # what is in use cannot leave
+    scheduler.release(use)
+    assert scheduler.is_worth("n", "d")
+
+
 def test_models_stay_in_the_nodes_memory_where_there_is_room():
     _, scheduler = make(models={"a": 80, "b": 80}, host=100)
     scheduler.release(scheduler.ask("host", "interactive", model="a"))

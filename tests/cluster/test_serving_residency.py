@@ -68,6 +68,12 @@ class Books:
     def expect(self, model):
         return self.scheduler.expect("here", "d", model=model, slots=0)
 
+    def count(self, model, times):
+        self.scheduler.count(model, times)
+
+    def is_worth(self, model):
+        return self.scheduler.is_worth(model, "d")
+
     def hear(self):
         while events := self.scheduler.events():
             for event in events:

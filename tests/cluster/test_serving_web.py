@@ -591,6 +591,29 @@ def test_a_guess_scales_only_the_stages_that_make_as_many_steps_as_they_are_aske
     assert pace.seconds("m", "decoder", (40, 1)) == 0.6 and pace.seconds("m", "decoder", (4, 1)) == 0.4
 
 
+def test_what_never_ends_in_time_is_known_to_take_longer():
+    pace = Pace()
+    pace.took_longer("m", [], (4, 1), 2.0)
+    pace.took_longer("m", ["text", "decoder"], (4, 1), 2.0)
+    assert pace.seconds("m", "text", (4, 1)) == 0 and pace.seconds("m", "decoder", (4, 1)) == 2.0
+    pace.measure("m", "text", (4, 1), 0.5, 1)
+    pace.took_longer("m", ["text", "decoder"], (4, 1), 3.0)
+    pace.took_longer("m", ["text", "decoder"], (4, 1), 1.0)  # nothing new
+    assert pace.seconds("m", "text", (4, 1)) == 0.5 and pace.seconds("m", "decoder", (4, 1)) == 2.5
+    assert pace.seconds("m", "decoder", (8, 1)) == 2.5  # nobody knows whether it obeys
+
+
+def test_what_is_refused_for_a_busy_hour_is_not_refused_for_ever():
+    pace = Pace()
+    pace.doubt("m", "decoder", (4, 1))  # of nothing
+    pace.measure("m", "decoder", (4, 1), 10.0, 4)
+    refused = 0
+    while pace.seconds("m", "decoder", (4, 1)) > 2.0:
+        pace.doubt("m", "decoder", (4, 1))
+        refused += 1
+    assert 10 < refused < 20 and pace.seconds("m", "decoder", (8, 1)) == 2 * pace.seconds("m", "decoder", (4, 1))
+
+
 def test_the_first_picture_of_a_server_is_no_measure(tiny):
     site = Site(tiny, "patient")
     try:

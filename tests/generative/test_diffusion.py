@@ -140,14 +140,6 @@ def test_every_batch_sees_all_levels_of_noise():
     assert torch.equal(torch.bincount(t), torch.full((10,), 1000))
 
 
-def test_a_root_sees_noisy_levels_more_often():
-    rows = torch.zeros(10_000, 1)
-    _, t, _ = training_pair(Schedule(), "x0", rows, torch.Generator().manual_seed(0), root=2.5)
-    for below in (250, 500, 750):
-        assert (t < below).float().mean().item() == pytest.approx((below / 1000) ** 2.5, abs=1e-3)
-    assert t.min() >= 0 and t.max() == 999
-
-
 # ---- samplers against diffusers
 
 THEIR_PREDICTION = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
