@@ -81,6 +81,18 @@ def test_a_scene_depends_on_its_index_alone():
     assert digest(sample(order)) != digest(sample(order, seed=1)) != digest(sample(order, "all"))
 
 
+def test_kinds_of_scenes_can_be_chosen_and_all_are_the_plain_ones():
+    few = sample(np.arange(2000), kinds=("single", "list"))
+    assert set(few.kind) == {SINGLE, LIST} and 0.55 < (few.kind == SINGLE).mean() < 0.75  # 30 of 45
+    assert not pair_held_out(few.shape[:, 0], few.colour[:, 0]).any()
+    plain, every = sample(np.arange(100)), sample(np.arange(100), kinds=("list", "group", "relation", "single"))
+    assert all(np.array_equal(getattr(plain, key), getattr(every, key)) for key in vars(plain))
+    assert set(sample(np.arange(50), "combos", kinds=("single",)).kind) == {RELATION}
+    for kinds, words in ((("singel",), "Did you mean 'single'"), ((), "No kind")):
+        with pytest.raises(UsageError, match=words):
+            sample(np.arange(1), kinds=kinds)
+
+
 def test_an_altered_scene_differs_in_one_thing():
     s = sample(MANY)
     other = altered(s, 3)
