@@ -218,7 +218,8 @@ class Remote:
         async def look(kind: str) -> None:
             while True:
                 with suppress(Exception):  # whatever it is, it is no answer; the next look may have one
-                    await asyncio.wait_for(self._hosts[kind].stages.remote(), FROZEN_SECONDS)
+                    async with asyncio.timeout(FROZEN_SECONDS):  # `wait_for` of Python 3.11 may lose a cancellation
+                        await self._hosts[kind].stages.remote()
                     self._heard[kind] = self._clock()
                 await asyncio.sleep(HEALTH_SECONDS)
 
