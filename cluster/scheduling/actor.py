@@ -36,7 +36,8 @@ class _Client:
     """A process: about is {"id", "host", "pid", "born"}; it numbers its leases itself.
 
     heard: when it last gave a sign of life, infinity while it listens. mail: letters that it has not said it has read, each
-    with its "serial". posted: the last serial. missing: numbers of leases that it did not name when it last listened.
+    with its "serial". posted: the last serial. missing: numbers of leases that it did not name when it last listened. stopped:
+    of those that it called paused, and that run here.
     """
 
     about: dict[str, Any]
@@ -45,6 +46,7 @@ class _Client:
     posted: int = 0
     ring: asyncio.Event = field(default_factory=asyncio.Event)
     missing: set[int] = field(default_factory=set)
+    stopped: set[int] = field(default_factory=set)
 
     def write(self, kind: str, **fields: Any) -> None:
         self.posted += 1
@@ -137,6 +139,7 @@ class Desk:
     def _compare(self, client: str, leases: Mapping[int, str]) -> None:
         """Makes good what was lost on the way here: what a client has asked for, paused, or given back."""
         known = self._clients[client]
+        stopped: set[int] = set()
         told = {letter["number"] for letter in known.mail if letter["kind"] in ("Granted", "Refused", "Unknown")}
         for number, state in leases.items():
             id = self._ids.get((client, number))
@@ -145,9 +148,12 @@ class Desk:
             if id is None:
                 known.write("Unknown", number=number)
             elif state == "paused" and (lease := self.scheduler.leases.get(id)) and lease.state == "running":
-                self.scheduler.pause(id)
+                stopped.add(number)
+        for number in stopped & known.stopped:  # not once alone: calls may overtake each other
+            self.scheduler.pause(self._ids[client, number])
+        known.stopped = stopped
         missing = {number for name, number in self._ids if name == client} - leases.keys()
-        for number in missing & known.missing:  # not once alone: calls may overtake each other
+        for number in missing & known.missing:
             self._release(client, number)
         known.missing = missing
         self._post()

@@ -107,6 +107,8 @@ class ClusterLease:
     def hear(self, letter: dict[str, Any]) -> None:
         """In the listener's thread."""
         kind = letter["kind"]
+        if self.refused is not None:  # what comes now is for an ask that came twice
+            return
         if kind == "Granted":
             self.load, self.recalled = letter["load"] is not None, False
             self.state = "running"  # last: whoever waits may look at any time
@@ -342,8 +344,12 @@ class _Session:
             return
         elif letter["kind"] != "Unknown":
             lease.hear(letter)
-        elif lease.refused is None:
-            self._ask(lease)
+        else:
+            with self._lock:
+                if lease.number in self._leases and lease.refused is None:
+                    if model := self._models.get(lease.fields["model"]):
+                        self.desk.add_model.remote(self.id, model.name, model.bytes)  # which may have been lost as well
+                    self._ask(lease)
 
     def _tidy(self) -> None:
         """Gives back what stayed too long, or is wanted now."""
@@ -508,7 +514,8 @@ class ClusterDevice:
 
     def count(self, model: str, times: int) -> None:
         """Tells that a model was asked for so many times: what decides which models stay."""
-        _session().count(_of_this_process(model), times)
+        if (session := _sessions.get(os.getpid())) is not None:  # counting is no reason to begin one
+            session.count(_of_this_process(model), times)
 
     def is_worth(self, model: str) -> bool:
         """Whether bringing a model now is worth more than what would leave for it."""

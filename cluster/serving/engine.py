@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from oneira.multimodal.stages import Stage, State
 
 Key = tuple[str, str]  # (model, stage)
+PATIENCE = 0.25  # seconds between two thoughts of bringing a model that is only wanted
 STUCK_SECONDS = 600.0  # of one step, after which it is held to hang
 
 
@@ -88,6 +89,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stages", initializer=self._begin_thread)
         self._bringers = ThreadPoolExecutor(len(self.names), thread_name_prefix="models")
         self._coming: dict[str, asyncio.Task] = {}
+        self._again: dict[str, float] = {}  # when bringing a model may be thought of next, monotonic
         self._awake = asyncio.Event()
         self._loop: asyncio.Task | None = None
         self._closed = self._leased = False
@@ -112,13 +114,16 @@ class Engine:
         job = _Job(request, state, asyncio.get_running_loop().create_future())
         jobs.append(job)
         self._awake.set()
-        if self._loop is None:
-            self._loop = asyncio.create_task(self._work())
+        self._begin_loop()
         try:
             return await job.answer
         finally:
             if job in jobs:  # cancelled: the next step is made without it
                 jobs.remove(job)
+
+    def _begin_loop(self) -> None:
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._work())
 
     @property
     def dead(self) -> str:
@@ -158,10 +163,17 @@ class Engine:
         """A request for a model was refused for want of time. It is brought where that is worth what leaves for it: else nobody
         would ever have it in time."""
         self._shelf.count(model, len(self.names[model]))
-        if model in self._shelf.held or model in self._coming or self._closed or self.dead:
+        now = time.monotonic()
+        if self._is_here(model) or now < self._again.get(model, 0.0):
             return
-        if await asyncio.to_thread(self._shelf.is_worth, model) and model not in self._coming:
+        self._again[model] = now + PATIENCE
+        if await asyncio.to_thread(self._shelf.is_worth, model) and not self._is_here(model):
             self._coming[model] = asyncio.create_task(self._bring(model))
+            self._begin_loop()  # which gives it back
+
+    def _is_here(self, model: str) -> bool:
+        """Or is being brought, or shall not be."""
+        return model in self._shelf.held or model in self._coming or self._closed or bool(self.dead)
 
     async def states(self) -> dict[str, str]:
         """Of each model: hot, warm or cold."""

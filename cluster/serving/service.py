@@ -21,7 +21,7 @@ from oneira.multimodal.stages import PictureRequest, State
 from oneira.platform.errors import DataError, UsageError
 
 from .caches import CACHED, MOST_BYTES, Cache, key_of
-from .engine import Stopping, Work
+from .engine import Work
 from .line import Line, Ticket
 from .models import kind_of
 from .pacing import Asked, Late, Pace, asked_of
@@ -229,7 +229,7 @@ class Service:
         if late > 0:
             for stage in left if late <= work else ():  # without the work it would have been in time
                 self._pace.doubt(model, stage, asked)
-            with suppress(Stopping):
+            with suppress(Exception):  # the request is refused, whatever becomes of this
                 await self._way.want(model)
             raise Late(f"it would wait for {wait:.2f} s and take {work:.2f} s", late)
 

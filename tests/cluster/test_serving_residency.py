@@ -222,3 +222,30 @@ def test_a_model_that_never_fits_and_one_that_is_named_twice_are_refused(tiny):
         Residents(["tiny"], tiny, Books(size(tiny) - 1))
     with pytest.raises(UsageError, match="Two models are called 'tiny'"):
         Residents(["tiny", "tiny"], tiny, Books(10**9))
+
+
+def test_a_model_that_was_refused_comes_where_that_pays_and_is_given_back(tiny):
+    books = Books(int(1.5 * size(tiny)))
+    residents = Residents(["tiny", "other"], tiny, books)  # the last of them is there
+
+    async def main():
+        engine, service = serving(residents)
+        residents.count("other", 5)
+        await engine.want("tiny")
+        assert residents.states() == {"tiny": "cold", "other": "hot"}  # asked for less
+        residents.count("tiny", 20)
+        await engine.want("tiny")  # so soon after the last time nobody thinks about it
+        assert not engine._coming
+        await asyncio.sleep(0.3)
+        await asyncio.gather(*(engine.want("tiny") for _ in range(5)))
+        end = time.monotonic() + 30
+        while residents.states()["tiny"] != "hot" or residents.held or engine._coming:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.01)
+        assert not books.scheduler.leases and books.there == {"tiny"}
+        await service.draw("other", [PictureRequest(prompt="a red circle")])  # its room can be had
+        await engine.close()
+        await engine.want("tiny")
+        assert not engine._coming
+
+    asyncio.run(main())
