@@ -122,7 +122,7 @@ class DecoderRun:
     checks: pictures drawn for the score.
     init: a run, a folder, or "builtin": the decoder whose weights the training begins with, on other scenes if the seed is
         another; empty for random ones.
-    kinds: of scenes trained on. One object alone ("single") is where shapes are learnt soonest; the others build on that.
+    kinds: of scenes trained on, of `KINDS`; ("single",) is one object alone.
     """
 
     seed: int = 0

@@ -114,7 +114,7 @@ def sample(indices: np.ndarray, split: str = "train", seed: int = 0, kinds: Sequ
     if split not in SPLITS:
         raise UsageError(f"Unknown split '{split}'. {did_you_mean(split, SPLITS)}")
     if not kinds:
-        raise UsageError(f"No kind of scenes; {did_you_mean('', KINDS)}")
+        raise UsageError(f"No kind of scenes. {did_you_mean('', KINDS)}")
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"Unknown kind of scenes '{kind}'. {did_you_mean(kind, KINDS)}")
